@@ -1,0 +1,44 @@
+#pragma once
+
+#include "core/eviction/policy.h"
+
+namespace expertflow {
+
+// Least frequently used, where every past use counts decay^age, also uses from before the expert
+// was last evicted.
+//
+// Kept as a logarithm that grows instead of a frequency that decays (as the CRF of LRFU, Lee et
+// al., IEEE ToC 2001), so that a key changes on use only and keys of different ages compare as they
+// are:
+//   f(t) = sum over uses u of decay^(t-u),    key = log2 f(t) + t * log2(1/decay)
+// A use turns f into 1 + f, i.e. log2 f = x into log2(1 + 2^x), which a table of integers
+// interpolates: host and device agree.
+struct DecayedFrequency {
+  static constexpr int32_t kFractionBits = 24;
+  static constexpr int32_t kStepBits = 20;    // table step: 2^-4
+  static constexpr int32_t kTableHalf = 256;  // the table covers x in [-16, 16]
+  static constexpr int32_t kTableSize = 2 * kTableHalf + 1;
+
+  // log2(1 + 2^x), `x` and the result with 24 fraction bits.
+  EXPERTFLOW_HD static int64_t Log2OnePlusExp2(const int32_t* table, int64_t x) {
+    const int64_t limit = int64_t{kTableHalf} << kStepBits;
+    if (x < -limit) return 0;
+    if (x >= limit) return x;
+    const int64_t position = x + limit;
+    const int64_t i = position >> kStepBits;
+    const int64_t rest = position & ((int64_t{1} << kStepBits) - 1);
+    return table[i] + (((table[i + 1] - table[i]) * rest) >> kStepBits);
+  }
+
+  EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams& params, int64_t key, Tick now) {
+    const int64_t growth = now * params.decay_per_tick_q24;
+    return growth + Log2OnePlusExp2(params.log2_1p_exp2_q24, key - growth);
+  }
+
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotTableView& table, int32_t slot,
+                                    Tick) {
+    return table.slot_key[slot];
+  }
+};
+
+}  // namespace expertflow

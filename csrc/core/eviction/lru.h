@@ -1,0 +1,16 @@
+#pragma once
+
+#include "core/eviction/policy.h"
+
+namespace expertflow {
+
+// Least recently used.
+struct Lru {
+  EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams&, int64_t, Tick now) { return now; }
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotTableView& table, int32_t slot,
+                                    Tick) {
+    return table.slot_key[slot];
+  }
+};
+
+}  // namespace expertflow

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "core/slot_table.h"
+
+namespace expertflow {
+
+enum class PolicyKind : int32_t { kLru, kDecayedFrequency, kTwoLevelLru, kOnDemand };
+
+// Which slots a layer may take: any, or its own equal share of them.
+enum class CacheScope : int32_t { kGlobal, kLayer };
+
+// Throw std::invalid_argument that lists the names there are.
+PolicyKind ParsePolicy(std::string_view name);
+CacheScope ParseScope(std::string_view name);
+
+// What the policies' per-slot functions need beside the table; plain data, passed to kernels by
+// value.
+struct EvictionParams {
+  Tick ticks_per_token;             // layers
+  int64_t decay_per_tick_q24;       // -log2 of the decay of use frequencies, 24 fraction bits
+  const int32_t* log2_1p_exp2_q24;  // see eviction/decayed_frequency.h
+};
+
+// A policy is two functions, for host and device alike:
+//   KeyOnUse  the key of an expert that is used at tick `now`, given its `expert_key` before
+//   Rank      the slot's rank among the victims at tick `now`: the smallest goes first, ties go to
+//   the lower slot. Negative
+//             keys (empty, streamed) must keep their rank below all others.
+
+}  // namespace expertflow

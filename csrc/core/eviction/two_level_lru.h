@@ -1,0 +1,22 @@
+#pragma once
+
+#include "core/eviction/policy.h"
+
+namespace expertflow {
+
+// The paper's two-level LRU: experts used within the last token, or predicted inside the current
+// horizon, are protected; the others go first. Each level is an LRU of its own.
+struct TwoLevelLru {
+  static constexpr int64_t kProtected = int64_t{1} << 62;
+
+  EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams&, int64_t, Tick now) { return now; }
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotTableView& table,
+                                    int32_t slot, Tick now) {
+    const int64_t last_use = table.slot_key[slot];
+    const bool predicted = table.slot_predicted[slot] >= now;
+    const bool just_used = last_use >= 0 && last_use > now - params.ticks_per_token;
+    return predicted || just_used ? last_use + kProtected : last_use;
+  }
+};
+
+}  // namespace expertflow

@@ -1,0 +1,276 @@
+#include "core/planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "core/eviction/lru.h"
+#include "core/eviction/two_level_lru.h"
+
+namespace expertflow {
+namespace {
+
+double Log2ToQ24(double log2) { return log2 * (1 << DecayedFrequency::kFractionBits); }
+
+}  // namespace
+
+Planner::Planner(SlotTable& table, const PlannerConfig& config)
+    : table_(table.view()), config_(config) {
+  if (config.top_k <= 0 || config.top_k > table_.num_experts) {
+    throw std::invalid_argument("top_k is " + std::to_string(config.top_k) + ", but a layer has " +
+                                std::to_string(table_.num_experts) + " experts");
+  }
+  const int64_t min_slots = MinSlots(table_.num_layers, config.top_k, config.scope);
+  if (table_.num_slots < min_slots) {
+    throw std::invalid_argument("the expert cache holds " + std::to_string(table_.num_slots) +
+                                " experts, but needs at least " + std::to_string(min_slots));
+  }
+  if (!(config.decay_per_token > 0.0 && config.decay_per_token <= 1.0)) {
+    throw std::invalid_argument("decay must be in (0, 1], not " +
+                                std::to_string(config.decay_per_token));
+  }
+  for (int32_t i = 0; i < DecayedFrequency::kTableSize; ++i) {
+    const double x = (i - DecayedFrequency::kTableHalf) / 16.0;
+    log2_table_[static_cast<size_t>(i)] =
+        static_cast<int32_t>(std::lround(Log2ToQ24(std::log2(1.0 + std::exp2(x)))));
+  }
+  const double decay_per_tick = Log2ToQ24(-std::log2(config.decay_per_token)) / table_.num_layers;
+  params_ = {table_.num_layers, std::llround(decay_per_tick), log2_table_.data()};
+  const auto num_experts = static_cast<size_t>(table_.num_experts);
+  rows_.resize(num_experts);
+  distinct_.reserve(num_experts);
+  seen_by_.assign(num_experts, 0);
+  statistics_.resize(static_cast<size_t>(table_.num_layers));
+  candidates_.reserve(static_cast<size_t>(table_.num_slots) + 1);
+}
+
+int64_t Planner::MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope) {
+  return scope == CacheScope::kLayer ? int64_t{num_layers} * top_k : top_k;
+}
+
+Planner::SlotRange Planner::RangeOf(int32_t layer) const {
+  if (config_.scope == CacheScope::kGlobal) return {0, table_.num_slots};
+  const int32_t quota = table_.num_slots / table_.num_layers;
+  return {layer * quota, (layer + 1) * quota};
+}
+
+int32_t Planner::staging_slots(int32_t layer) const {
+  const SlotRange range = RangeOf(layer);
+  return std::max(config_.top_k, (range.end - range.begin) / 8);
+}
+
+const Plan* Planner::PlanLayer(int32_t layer, std::span<const int64_t> expert_ids,
+                               int32_t num_tokens, Tick now) {
+  if (layer < 0 || layer >= table_.num_layers) {
+    throw std::out_of_range("MoE layer " + std::to_string(layer) + " is not one of 0 to " +
+                            std::to_string(table_.num_layers - 1));
+  }
+  CollectDistinct(layer, expert_ids);
+  if (config_.policy == PolicyKind::kOnDemand) DropResidents();
+
+  const auto num_rows = static_cast<int32_t>(distinct_.size());
+  plan_ = {.layer = layer,
+           .tick = now,
+           .streaming = num_tokens > kMaxDecodeTokens,
+           .rows = {rows_.data(), static_cast<size_t>(num_rows)}};
+  plan_.num_hits = AppendRows(layer, RowState::kHit);
+  plan_.num_loading = AppendRows(layer, RowState::kLoading);
+  const int32_t num_resident = plan_.num_hits + plan_.num_loading;
+  for (const PlanRow& row : plan_.rows.first(static_cast<size_t>(num_resident))) {
+    table_.slot_needed[Index(row.slot)] = now;
+  }
+  int32_t num_taken = 0;
+  if (num_rows > num_resident) {
+    num_taken = SelectVictims(layer, num_rows - num_resident, now);
+    if (plan_.streaming) num_taken = LimitToStaging(layer);
+    if (num_taken == 0 && num_resident == 0) return nullptr;
+    AppendRows(layer, RowState::kMiss);
+  }
+  for (const PlanRow& row : plan_.rows.first(static_cast<size_t>(num_resident)))
+    RecordUse(row.slot);
+  PlaceMisses(num_resident, num_taken);
+  LayerStatistics& counts = statistics(layer);
+  counts.hits += plan_.num_hits;
+  counts.late_hits += plan_.num_loading;
+  counts.misses += num_rows - num_resident;
+  return &plan_;
+}
+
+void Planner::CollectDistinct(int32_t layer, std::span<const int64_t> expert_ids) {
+  distinct_.clear();
+  ++collections_;
+  for (const int64_t id : expert_ids) {
+    if (id < 0 || id >= table_.num_experts) {
+      throw std::out_of_range("expert id " + std::to_string(id) + " in MoE layer " +
+                              std::to_string(layer) + " is not one of 0 to " +
+                              std::to_string(table_.num_experts - 1));
+    }
+    int64_t& seen_by = seen_by_[static_cast<size_t>(id)];
+    if (seen_by == collections_) continue;
+    seen_by = collections_;
+    distinct_.push_back(static_cast<int32_t>(id));
+  }
+}
+
+int32_t Planner::AppendRows(int32_t layer, RowState state) {
+  auto row = static_cast<size_t>(plan_.num_hits + plan_.num_loading);
+  const size_t first = row;
+  for (const int32_t expert : distinct_) {
+    const SlotId slot = table_.expert_slot[Index(ToIndex(table_, {layer, expert}))];
+    const RowState found = slot == SlotId::kNone                      ? RowState::kMiss
+                           : InFlight(table_.slot_state[Index(slot)]) ? RowState::kLoading
+                                                                      : RowState::kHit;
+    if (found == state) rows_[row++] = {expert, slot, state, 0, kNoRow};
+  }
+  return static_cast<int32_t>(row - first);
+}
+
+int32_t Planner::SelectVictims(int32_t layer, int32_t count, Tick now) {
+  const SlotRange range = RangeOf(layer);
+  switch (config_.policy) {
+    case PolicyKind::kLru:
+    case PolicyKind::kOnDemand:
+      return Scan<Lru>(range, count, now);
+    case PolicyKind::kDecayedFrequency:
+      return Scan<DecayedFrequency>(range, count, now);
+    case PolicyKind::kTwoLevelLru:
+      return Scan<TwoLevelLru>(range, count, now);
+  }
+  return 0;
+}
+
+int32_t Planner::LimitToStaging(int32_t layer) const {
+  const auto is_resident = [](const Candidate& c) { return c.rank >= 0; };
+  const auto num_free = std::ranges::find_if(candidates_, is_resident) - candidates_.begin();
+  const auto limit = std::max(num_free, ptrdiff_t{staging_slots(layer)});
+  return static_cast<int32_t>(std::min(std::ssize(candidates_), limit));
+}
+
+template <class Policy>
+int32_t Planner::Scan(SlotRange range, int32_t count, Tick now) {
+  constexpr int32_t kInsertionLimit = 16;
+  candidates_.clear();
+  const auto limit = static_cast<size_t>(count);
+  int64_t worst = std::numeric_limits<int64_t>::max();
+  for (int32_t s = range.begin; s < range.end; ++s) {
+    const int64_t rank = Policy::Rank(params_, table_, s, now);
+    if (rank >= worst || InFlight(table_.slot_state[s]) || table_.slot_needed[s] == now) continue;
+    if (count > kInsertionLimit) {
+      candidates_.push_back({rank, s});
+      continue;
+    }
+    const auto at = std::upper_bound(candidates_.begin(), candidates_.end(), Candidate{rank, s});
+    candidates_.insert(at, {rank, s});
+    if (candidates_.size() > limit) candidates_.pop_back();
+    if (candidates_.size() == limit) worst = candidates_.back().rank;
+  }
+  if (count > kInsertionLimit) {
+    const size_t kept = std::min(limit, candidates_.size());
+    std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(kept),
+                      candidates_.end());
+    candidates_.resize(kept);
+  }
+  return static_cast<int32_t>(candidates_.size());
+}
+
+int64_t Planner::KeyOnUse(ExpertIndex expert, Tick now) const {
+  const int64_t key = table_.expert_key[Index(expert)];
+  return config_.policy == PolicyKind::kDecayedFrequency
+             ? DecayedFrequency::KeyOnUse(params_, key, now)
+             : Lru::KeyOnUse(params_, key, now);
+}
+
+void Planner::RecordUse(SlotId slot) {
+  const int32_t s = Index(slot);
+  table_.slot_needed[s] = plan_.tick;
+  table_.slot_unused[s] = 0;
+  if (plan_.streaming) return;
+  const ExpertIndex expert = table_.slot_expert[s];
+  table_.slot_key[s] = table_.expert_key[Index(expert)] = KeyOnUse(expert, plan_.tick);
+}
+
+void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
+  // With no slot to take, misses follow the plan's own resident rows into their slots.
+  const int32_t num_lanes = num_taken > 0 ? num_taken : first_miss;
+  const int32_t first_wave = num_taken > 0 ? 0 : 1;
+  for (int32_t r = first_miss; r < static_cast<int32_t>(plan_.rows.size()); ++r) {
+    PlanRow& row = rows_[static_cast<size_t>(r)];
+    const int32_t miss = r - first_miss;
+    row.wave = first_wave + miss / num_lanes;
+    if (row.wave == 0) {
+      row.slot = static_cast<SlotId>(candidates_[static_cast<size_t>(miss)].slot);
+      AssignRow(row);
+    } else {
+      const int32_t previous = num_taken > 0 || miss >= num_lanes ? r - num_lanes : miss;
+      row.slot = rows_[static_cast<size_t>(previous)].slot;
+      rows_[static_cast<size_t>(previous)].next_row = r;
+    }
+    plan_.num_waves = row.wave + 1;
+  }
+}
+
+void Planner::AssignRow(PlanRow& row) {
+  Evict(row.slot);
+  Assign(table_, row.slot, ToIndex(table_, {plan_.layer, row.expert}));
+  table_.slot_key[Index(row.slot)] = kStreamedKey;
+  RecordUse(row.slot);
+}
+
+int32_t Planner::Advance(int32_t row) {
+  const int32_t next = plan_.rows[static_cast<size_t>(row)].next_row;
+  if (next == kNoRow) return kNoRow;
+  rows_[static_cast<size_t>(row)].next_row = kNoRow;
+  AssignRow(rows_[static_cast<size_t>(next)]);
+  return next;
+}
+
+SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
+  if (expert.layer < 0 || expert.layer >= table_.num_layers || expert.expert < 0 ||
+      expert.expert >= table_.num_experts) {
+    throw std::out_of_range("expert " + std::to_string(expert.expert) + " of MoE layer " +
+                            std::to_string(expert.layer) + " does not exist");
+  }
+  const ExpertIndex index = ToIndex(table_, expert);
+  const SlotId resident = table_.expert_slot[Index(index)];
+  if (resident != SlotId::kNone) {
+    Tick& predicted = table_.slot_predicted[Index(resident)];
+    predicted = std::max(predicted, needed_at);
+    return SlotId::kNone;
+  }
+  const int32_t num_found = SelectVictims(expert.layer, 1, now);
+  if (num_found == 0) return SlotId::kNone;
+  const auto slot = static_cast<SlotId>(candidates_.front().slot);
+  const int32_t s = Index(slot);
+  if (table_.slot_predicted[s] >= now) return SlotId::kNone;
+  Evict(slot);
+  Assign(table_, slot, index);
+  table_.slot_key[s] = KeyOnUse(index, now);
+  table_.slot_predicted[s] = needed_at;
+  table_.slot_unused[s] = 1;
+  return slot;
+}
+
+void Planner::Evict(SlotId slot) {
+  const int32_t s = Index(slot);
+  if (table_.slot_expert[s] == ExpertIndex::kNone) return;
+  LayerStatistics& of_victim = statistics(ToId(table_, table_.slot_expert[s]).layer);
+  ++of_victim.evictions;
+  if (table_.slot_unused[s]) {
+    of_victim.wasted_prefetch_bytes += static_cast<int64_t>(config_.expert_bytes);
+  }
+}
+
+void Planner::Submit(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::kSubmitted; }
+
+void Planner::Publish(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::kReady; }
+
+void Planner::Drop(SlotId slot) { Unassign(table_, slot); }
+
+void Planner::DropResidents() {
+  for (int32_t s = 0; s < table_.num_slots; ++s) {
+    if (table_.slot_state[s] == SlotState::kReady) Unassign(table_, static_cast<SlotId>(s));
+  }
+}
+
+}  // namespace expertflow

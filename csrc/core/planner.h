@@ -1,0 +1,119 @@
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/eviction/decayed_frequency.h"
+#include "core/eviction/policy.h"
+#include "core/plan.h"
+#include "core/slot_table.h"
+#include "core/statistics.h"
+
+namespace expertflow {
+
+struct PlannerConfig {
+  int32_t top_k;
+  size_t expert_bytes;
+  PolicyKind policy = PolicyKind::kDecayedFrequency;
+  CacheScope scope = CacheScope::kGlobal;
+  double decay_per_token = 0.98;  // of use frequencies, in (0, 1]
+};
+
+// Above this many tokens a plan is a prompt's, not a decode step's: it leaves the policy's keys
+// alone and evicts little.
+constexpr int32_t kMaxDecodeTokens = 16;
+
+// Decides, for one layer at a time, which experts are resident and which slot each missing one
+// takes. Changes the table and nothing else; allocates nothing after construction. Not thread-safe.
+class Planner {
+ public:
+  // Throws std::invalid_argument if the table has fewer slots than MinSlots, or the decay is out of
+  // range.
+  Planner(SlotTable& table, const PlannerConfig& config);
+
+  // The smallest legal cache: one layer's top-k, in every layer if each has its own share.
+  static int64_t MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope);
+
+  // Plans `layer` for the routed `expert_ids` [num_tokens * k]; repeated ids are one row. Missing
+  // experts of wave 0 are assigned their slots (state kPosted); later ones by Advance. If there are
+  // more misses than slots to take, the rows form waves. A plan of more than kMaxDecodeTokens
+  // tokens takes at most `staging_slots` slots from resident experts, so that a long prompt does
+  // not wash out the cache. `now` must be larger than in every earlier call. The plan is valid
+  // until the next call. Returns nullptr if transfers in flight hold every slot that the layer may
+  // take: wait or cancel, and call again. Throws std::out_of_range for a layer or an expert id that
+  // the model does not have.
+  const Plan* PlanLayer(int32_t layer, std::span<const int64_t> expert_ids, int32_t num_tokens,
+                        Tick now);
+
+  // Row `row` is no longer needed: assigns its slot to the row that waits for it, and returns that
+  // row, or kNoRow.
+  int32_t Advance(int32_t row);
+
+  // A slot for an expert that is foreseen to be needed until tick `needed_at`: assigned (kPosted,
+  // marked unused). SlotId::kNone if it is resident or in flight already, or no slot may be taken
+  // (current plan, in flight, or predicted itself).
+  SlotId PlanPrefetch(ExpertId expert, Tick now, Tick needed_at);
+
+  // The transfer into `slot` has started; has ended and the expert is ready; failed or was dropped,
+  // and the slot is empty again.
+  void Submit(SlotId slot);
+  void Publish(SlotId slot);
+  void Drop(SlotId slot);
+
+  // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the
+  // layer of the evicted expert); bytes and times by whoever moves the experts.
+  LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
+  const std::vector<LayerStatistics>& statistics() const { return statistics_; }
+  void ResetStatistics() { std::ranges::fill(statistics_, LayerStatistics{}); }
+
+  // How many resident experts one layer of a long prompt may displace.
+  int32_t staging_slots(int32_t layer) const;
+
+ private:
+  struct Candidate {
+    int64_t rank;
+    int32_t slot;
+    friend auto operator<=>(const Candidate&, const Candidate&) = default;
+  };
+  struct SlotRange {
+    int32_t begin;
+    int32_t end;
+  };
+
+  SlotRange RangeOf(int32_t layer) const;
+  void CollectDistinct(int32_t layer, std::span<const int64_t> expert_ids);
+  int32_t AppendRows(int32_t layer, RowState state);
+  // Fills `candidates_` with the `count` slots of the layer to take first, in order, and returns
+  // how many there are.
+  int32_t SelectVictims(int32_t layer, int32_t count, Tick now);
+  // How many of `candidates_` a prompt may take: those that hold nothing of worth, or the staging
+  // slots.
+  int32_t LimitToStaging(int32_t layer) const;
+  template <class Policy>
+  int32_t Scan(SlotRange range, int32_t count, Tick now);
+  int64_t KeyOnUse(ExpertIndex expert, Tick now) const;
+  void RecordUse(SlotId slot);
+  void PlaceMisses(int32_t first_miss, int32_t num_taken);
+  void AssignRow(PlanRow& row);
+  void Evict(SlotId slot);
+  void DropResidents();
+
+  SlotTableView table_;
+  PlannerConfig config_;
+  EvictionParams params_;
+  std::array<int32_t, DecayedFrequency::kTableSize> log2_table_;
+  Plan plan_;
+  std::vector<PlanRow> rows_;      // [num_experts], the plan's rows
+  std::vector<int32_t> distinct_;  // [num_experts] the layer's experts in order of first appearance
+  std::vector<int64_t>
+      seen_by_;  // [num_experts] the `collections_` count when the expert was last seen
+  int64_t collections_ = 0;
+  std::vector<Candidate> candidates_;        // [num_slots]
+  std::vector<LayerStatistics> statistics_;  // [num_layers]
+};
+
+}  // namespace expertflow

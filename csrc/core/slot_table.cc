@@ -1,0 +1,48 @@
+#include "core/slot_table.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace expertflow {
+namespace {
+
+size_t Checked(int64_t count, const char* what) {
+  if (count <= 0 || count > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument(std::string(what) + " is " + std::to_string(count) +
+                                ", which no slot table can have");
+  }
+  return static_cast<size_t>(count);
+}
+
+}  // namespace
+
+SlotTable::SlotTable(int32_t num_layers, int32_t num_experts, int32_t num_slots) {
+  Checked(num_layers, "num_layers");
+  Checked(num_experts, "num_experts");
+  const size_t slots = Checked(num_slots, "num_slots");
+  const size_t experts =
+      Checked(int64_t{num_layers} * num_experts, "the number of experts in all layers");
+  expert_slot_.assign(experts, SlotId::kNone);
+  expert_key_.assign(experts, kNeverUsed);
+  slot_expert_.assign(slots, ExpertIndex::kNone);
+  slot_state_.assign(slots, SlotState::kEmpty);
+  slot_generation_.assign(slots, 0);
+  slot_key_.assign(slots, kEmptyKey);
+  slot_needed_.assign(slots, kNever);
+  slot_predicted_.assign(slots, kNever);
+  slot_unused_.assign(slots, 0);
+  view_ = {num_layers,
+           num_experts,
+           num_slots,
+           expert_slot_.data(),
+           expert_key_.data(),
+           slot_expert_.data(),
+           slot_state_.data(),
+           slot_generation_.data(),
+           slot_key_.data(),
+           slot_needed_.data(),
+           slot_predicted_.data(),
+           slot_unused_.data()};
+}
+
+}  // namespace expertflow

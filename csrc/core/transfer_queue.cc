@@ -1,0 +1,98 @@
+#include "core/transfer_queue.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <tuple>
+
+namespace expertflow {
+
+TransferQueue::TransferQueue(int32_t num_slots, size_t chunk_bytes, int32_t max_chunks_in_flight)
+    : chunk_bytes_(chunk_bytes), max_chunks_in_flight_(max_chunks_in_flight) {
+  if (chunk_bytes == 0 || max_chunks_in_flight <= 0) {
+    throw std::invalid_argument(
+        "a transfer queue needs a chunk size and at least one chunk in flight");
+  }
+  transfers_.resize(static_cast<size_t>(num_slots));
+  queued_.reserve(static_cast<size_t>(num_slots));
+}
+
+void TransferQueue::Post(SlotId slot, ExpertIndex expert, size_t num_bytes,
+                         TransferClass transfer_class, Tick needed_at) {
+  if (!IsIdle(slot)) throw std::logic_error("a slot can have only one transfer at a time");
+  Transfer& posted = transfer(slot);
+  posted = Transfer{};
+  posted.expert = expert;
+  posted.transfer_class = transfer_class;
+  posted.needed_at = needed_at;
+  posted.sequence = next_sequence_++;
+  posted.num_bytes = num_bytes;
+  queued_.push_back(slot);
+}
+
+void TransferQueue::Promote(SlotId slot, Tick needed_at) {
+  Transfer& promoted = transfer(slot);
+  promoted.transfer_class = TransferClass::kDemand;
+  promoted.needed_at = needed_at;
+}
+
+bool TransferQueue::Cancel(SlotId slot) {
+  Transfer& cancelled = transfer(slot);
+  RemoveQueued(slot);
+  cancelled.cancelled = true;
+  if (cancelled.chunks_out > 0) return false;
+  cancelled.expert = ExpertIndex::kNone;
+  return true;
+}
+
+std::optional<Chunk> TransferQueue::Next() {
+  if (queued_.empty() || chunks_in_flight_ >= max_chunks_in_flight_) return std::nullopt;
+  const SlotId slot =
+      *std::ranges::min_element(queued_, [this](SlotId a, SlotId b) { return Precedes(a, b); });
+  Transfer& next = transfer(slot);
+  const size_t num_bytes = std::min(chunk_bytes_, next.num_bytes - next.next_offset);
+  const Chunk chunk{slot, next.expert, next.next_offset, num_bytes};
+  next.next_offset += num_bytes;
+  ++next.chunks_out;
+  ++chunks_in_flight_;
+  if (next.next_offset == next.num_bytes) RemoveQueued(slot);
+  return chunk;
+}
+
+TransferStatus TransferQueue::Finish(const Chunk& chunk, bool succeeded) {
+  Transfer& finished = transfer(chunk.slot);
+  --chunks_in_flight_;
+  --finished.chunks_out;
+  if (!succeeded && !finished.failed) {
+    finished.failed = true;
+    RemoveQueued(chunk.slot);
+  }
+  const bool is_over =
+      finished.cancelled || finished.failed || finished.next_offset == finished.num_bytes;
+  if (finished.chunks_out > 0 || !is_over) return TransferStatus::kInFlight;
+  finished.expert = ExpertIndex::kNone;
+  if (finished.failed) return TransferStatus::kFailed;
+  return finished.cancelled ? TransferStatus::kDropped : TransferStatus::kDone;
+}
+
+size_t TransferQueue::queued_bytes() const {
+  size_t bytes = 0;
+  for (const SlotId slot : queued_) bytes += transfer(slot).num_bytes - transfer(slot).next_offset;
+  return bytes;
+}
+
+bool TransferQueue::Precedes(SlotId a, SlotId b) const {
+  const auto order = [this](SlotId slot) {
+    const Transfer& t = transfer(slot);
+    return std::tuple(t.transfer_class, t.needed_at, t.sequence);
+  };
+  return order(a) < order(b);
+}
+
+void TransferQueue::RemoveQueued(SlotId slot) {
+  const auto at = std::ranges::find(queued_, slot);
+  if (at == queued_.end()) return;
+  *at = queued_.back();
+  queued_.pop_back();
+}
+
+}  // namespace expertflow

@@ -1,0 +1,96 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "core/ids.h"
+
+namespace expertflow {
+
+enum class TransferClass : uint8_t { kDemand, kPrefetch };
+
+// A part of a transfer, the unit that is copied without interruption.
+struct Chunk {
+  SlotId slot;
+  ExpertIndex expert;
+  size_t offset_bytes;
+  size_t num_bytes;
+};
+
+// How a transfer stands once a chunk of it has ended.
+enum class TransferStatus : uint8_t {
+  kInFlight,
+  kDone,
+  kDropped,  // cancelled, and its last submitted chunk has ended
+  kFailed,   // a chunk failed, and its last submitted chunk has ended
+};
+
+// Which chunk to copy next: demand before prefetch, then the earlier need, then the earlier post. A
+// slot has at most one transfer. Decides only: the caller copies, and serialises the calls.
+// Allocates nothing after construction.
+class TransferQueue {
+ public:
+  // At most `max_chunks_in_flight` chunks are out at a time, so that a demand waits for no more
+  // than those. Throws std::invalid_argument for a chunk size or a limit of 0.
+  TransferQueue(int32_t num_slots, size_t chunk_bytes, int32_t max_chunks_in_flight);
+
+  // Queues `num_bytes` into `slot`, which must be idle. `needed_at` is the tick of the plan that
+  // will need it.
+  void Post(SlotId slot, ExpertIndex expert, size_t num_bytes, TransferClass transfer_class,
+            Tick needed_at);
+
+  // A queued or running prefetch has become a demand.
+  void Promote(SlotId slot, Tick needed_at);
+
+  // Takes a transfer back. True: it is gone. False: chunks of it are out; Finish will report
+  // kDropped for the last.
+  bool Cancel(SlotId slot);
+
+  // The next chunk to copy, or nothing if there is none or the limit is reached.
+  std::optional<Chunk> Next();
+
+  // A chunk from Next has been copied, or could not be. Anything but kInFlight ends the transfer:
+  // the slot is idle.
+  TransferStatus Finish(const Chunk& chunk, bool succeeded);
+
+  bool IsIdle(SlotId slot) const { return transfer(slot).expert == ExpertIndex::kNone; }
+  // Of the slot's transfer, or of its last one if it is idle.
+  size_t handed_out_bytes(SlotId slot) const { return transfer(slot).next_offset; }
+  bool IsPrefetch(SlotId slot) const {
+    return transfer(slot).transfer_class == TransferClass::kPrefetch;
+  }
+  int32_t chunks_in_flight() const { return chunks_in_flight_; }
+  size_t queued_bytes() const;  // not yet handed out
+
+ private:
+  struct Transfer {
+    ExpertIndex expert = ExpertIndex::kNone;
+    TransferClass transfer_class = TransferClass::kDemand;
+    bool cancelled = false;
+    bool failed = false;
+    int32_t chunks_out = 0;
+    Tick needed_at = 0;
+    int64_t sequence = 0;
+    size_t num_bytes = 0;
+    size_t next_offset = 0;
+  };
+
+  Transfer& transfer(SlotId slot) { return transfers_[static_cast<size_t>(Index(slot))]; }
+  const Transfer& transfer(SlotId slot) const {
+    return transfers_[static_cast<size_t>(Index(slot))];
+  }
+  bool Precedes(SlotId a, SlotId b) const;
+  void RemoveQueued(SlotId slot);
+
+  size_t chunk_bytes_;
+  int32_t max_chunks_in_flight_;
+  int32_t chunks_in_flight_ = 0;
+  int64_t next_sequence_ = 0;
+  std::vector<Transfer> transfers_;  // [num_slots]
+  std::vector<SlotId>
+      queued_;  // transfers with bytes to hand out; few, so the next is found by a scan
+};
+
+}  // namespace expertflow

@@ -1,0 +1,121 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/bandwidth_estimator.h"
+#include "core/errors.h"
+#include "core/expert_layout.h"
+#include "core/expert_source.h"
+#include "core/planner.h"
+#include "core/slot_table.h"
+#include "core/statistics.h"
+#include "core/transfer_queue.h"
+#include "host/mapped_memory.h"
+#include "host/ram_pool.h"
+
+namespace expertflow {
+
+struct ExpertCacheOptions {
+  int32_t num_layers;
+  int32_t num_experts;  // per layer
+  int32_t num_slots;
+  PlannerConfig planner;
+  size_t chunk_bytes = size_t{1} << 20;
+  int32_t num_threads = 2;  // that copy
+};
+
+// The expert cache of the CPU backend: slots in RAM, filled from a source by worker threads.
+//
+//   plan = BeginLayer(layer, ids)       posts what is missing
+//   Prefetch(later layer, ids)          any time
+//   for each row: Wait(row); compute with slot_data(rows[row].slot); Release(row)
+//
+// One thread at a time drives it (the caller sees to that); statistics may be read from any thread.
+// If a transfer fails, Wait throws TransferError and the layer may be begun again.
+class ExpertCache {
+ public:
+  // With as many slots as experts, a RamPool as source and a policy that keeps experts, the slots
+  // are the pool's own memory and every expert is resident from the start. Throws
+  // std::invalid_argument for options that do not fit, std::bad_alloc.
+  ExpertCache(std::shared_ptr<const ExpertSource> source, const ExpertLayout& layout,
+              const ExpertCacheOptions& options);
+  // Copies in progress are finished, the rest is dropped.
+  ~ExpertCache();
+
+  ExpertCache(const ExpertCache&) = delete;
+  ExpertCache& operator=(const ExpertCache&) = delete;
+
+  // Plans a layer (see Planner::PlanLayer) and posts its first wave. The plan is valid until the
+  // next call, which ends this layer also if not all its rows were waited for. Throws
+  // std::out_of_range for bad ids; std::logic_error after a fork.
+  const Plan& BeginLayer(int32_t layer, std::span<const int64_t> expert_ids, int32_t num_tokens);
+
+  // Blocks until the row's expert is in its slot; it stays there until Release. Copies chunks
+  // itself meanwhile. Throws TransferError.
+  void Wait(int32_t row);
+
+  // The caller is done with the row's slot: the row that waits for the slot, if any, is posted.
+  void Release(int32_t row);
+
+  // Posts the experts that a layer will need `distance` layers from now, in this order, while slots
+  // can be had. Returns how many were posted. A prefetch that fails is dropped: the layer's demand
+  // meets the error, if it persists.
+  int32_t Prefetch(int32_t layer, std::span<const int64_t> expert_ids, int32_t distance);
+
+  std::byte* slot_data(SlotId slot) const {
+    return slots_ + static_cast<size_t>(Index(slot)) * slot_stride_bytes_;
+  }
+  size_t slot_bytes() const { return slot_bytes_; }
+  int32_t num_slots() const { return table_.view().num_slots; }
+
+  std::vector<LayerStatistics> statistics() const;  // [num_layers]
+  void ResetStatistics();
+  double bandwidth_bytes_per_second() const;
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+
+  void AliasPool(const RamPool& pool);
+  void CheckProcess() const;
+  const PlanRow& RowAt(int32_t row) const;
+  void WorkerLoop();
+  // Copies the next chunk with the lock released meanwhile. False if there is none.
+  bool CopyOneChunk(Lock& lock);
+  void FinishChunk(const Chunk& chunk, bool is_prefetch, const std::string& error);
+  void PostRow(const PlanRow& row);
+  void CancelAll(Lock& lock);
+  void DropTransfer(SlotId slot, int32_t layer);
+
+  std::shared_ptr<const ExpertSource> source_;
+  size_t slot_bytes_;
+  size_t slot_stride_bytes_;
+  MappedMemory memory_;
+  std::byte* slots_;
+  pid_t owner_process_;
+
+  mutable std::mutex mutex_;  // guards everything below
+  std::condition_variable work_posted_;
+  std::condition_variable chunk_finished_;
+  SlotTable table_;
+  Planner planner_;
+  TransferQueue queue_;
+  BandwidthEstimator bandwidth_;
+  std::vector<std::string> failures_;  // [num_slots] why the slot's last transfer failed
+  const Plan* plan_ = nullptr;
+  Tick now_ = 0;  // of the last plan
+  bool stopping_ = false;
+
+  std::vector<std::thread> workers_;  // last: they use all of the above
+};
+
+}  // namespace expertflow

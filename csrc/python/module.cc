@@ -1,0 +1,227 @@
+// expertflow._core: the control plane. Contracts are in the C++ headers; expertflow/cache.py is the
+// Python face.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <tuple>
+#include <vector>
+
+#include "core/errors.h"
+#include "core/expert_layout.h"
+#include "core/planner.h"
+#include "expertflow_build_info.h"
+#include "host/cache_registry.h"
+#include "host/checkpoint_source.h"
+#include "host/expert_cache.h"
+#include "host/ram_pool.h"
+
+namespace py = pybind11;
+
+namespace expertflow {
+namespace {
+
+using SegmentTuple = std::tuple<std::string, std::string, size_t>;
+using ExtentArray = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+ExpertLayout MakeLayout(const std::vector<SegmentTuple>& segments) {
+  std::vector<SegmentSpec> specs;
+  for (const auto& [role, dtype, num_elements] : segments) {
+    specs.push_back({role, ParseDType(dtype), num_elements});
+  }
+  return ExpertLayout(specs);
+}
+
+std::vector<std::tuple<std::string, std::string, size_t, size_t>> Segments(
+    const ExpertLayout& layout) {
+  std::vector<std::tuple<std::string, std::string, size_t, size_t>> segments;
+  for (const Segment& s : layout.segments()) {
+    segments.emplace_back(s.role, DTypeName(s.dtype), s.offset_bytes, s.num_bytes);
+  }
+  return segments;
+}
+
+std::shared_ptr<CheckpointSource> MakeSource(std::vector<std::string> files,
+                                             const ExpertLayout& layout, const ExtentArray& array) {
+  if (array.ndim() != 3 || array.shape(2) != 5) {
+    throw std::invalid_argument("extents must have shape [experts, extents per expert, 5]");
+  }
+  std::vector<Extent> extents;
+  extents.reserve(static_cast<size_t>(array.shape(0) * array.shape(1)));
+  const int64_t* value = array.data();
+  for (py::ssize_t i = 0; i < array.shape(0) * array.shape(1); ++i, value += 5) {
+    for (int column = 0; column < 4; ++column) {
+      if (value[column] < 0) throw std::invalid_argument("an extent has a negative number");
+    }
+    extents.push_back({static_cast<size_t>(value[0]), static_cast<size_t>(value[1]),
+                       static_cast<size_t>(value[2]), static_cast<size_t>(value[3]),
+                       DTypeFromCode(value[4])});
+  }
+  return std::make_shared<CheckpointSource>(std::move(files), layout, std::move(extents),
+                                            static_cast<size_t>(array.shape(1)));
+}
+
+// A cache and its entry in the registry.
+class RegisteredCache {
+ public:
+  RegisteredCache(std::shared_ptr<const ExpertSource> source, const ExpertLayout& layout,
+                  const ExpertCacheOptions& options)
+      : cache_(std::make_shared<ExpertCache>(std::move(source), layout, options)),
+        handle_(RegisterCache(cache_)) {}
+  ~RegisteredCache() {
+    UnregisterCache(handle_);
+    const py::gil_scoped_release unlocked;
+    cache_.reset();
+  }
+  RegisteredCache(const RegisteredCache&) = delete;
+  RegisteredCache& operator=(const RegisteredCache&) = delete;
+
+  ExpertCache& cache() { return *cache_; }
+  int64_t handle() const { return handle_; }
+
+ private:
+  std::shared_ptr<ExpertCache> cache_;
+  int64_t handle_;
+};
+
+py::dict ToDict(const LayerStatistics& s) {
+  using py::literals::operator""_a;
+  return py::dict("hits"_a = s.hits, "late_hits"_a = s.late_hits, "misses"_a = s.misses,
+                  "demand_bytes"_a = s.demand_bytes, "prefetch_bytes"_a = s.prefetch_bytes,
+                  "wasted_prefetch_bytes"_a = s.wasted_prefetch_bytes, "stall_us"_a = s.stall_us,
+                  "evictions"_a = s.evictions);
+}
+
+// Totals, with the layers' own figures under "layers".
+py::dict Statistics(RegisteredCache& cache) {
+  LayerStatistics total;
+  py::list layers;
+  for (const LayerStatistics& layer : cache.cache().statistics()) {
+    total += layer;
+    layers.append(ToDict(layer));
+  }
+  py::dict result = ToDict(total);
+  result["layers"] = layers;
+  return result;
+}
+
+// The memory of one slot, without a copy. The caller keeps the cache alive.
+py::memoryview SlotMemory(RegisteredCache& cache, int32_t slot) {
+  if (slot < 0 || slot >= cache.cache().num_slots()) throw py::index_error("no such slot");
+  return py::memoryview::from_memory(cache.cache().slot_data(SlotId{slot}),
+                                     static_cast<py::ssize_t>(cache.cache().slot_bytes()));
+}
+
+py::dict BuildInfo() {
+  py::dict info;
+  info["version"] = build_info::kVersion;
+  info["compiler"] = build_info::kCompiler;
+  info["build_type"] = build_info::kBuildType;
+  info["torch_version"] = build_info::kTorchVersion;
+  info["cuda_compiler"] = build_info::kCudaCompiler;
+  info["cuda_architectures"] = build_info::kCudaArchitectures;
+  info["cuda_missing_reason"] = build_info::kCudaMissingReason;
+  return info;
+}
+
+void TranslateSystemError(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (
+      const std::system_error& e) {  // OSError(errno, ...) becomes FileNotFoundError and its like
+    const py::tuple arguments = py::make_tuple(e.code().value(), e.what());
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  }
+}
+
+std::shared_ptr<RegisteredCache> MakeCache(std::shared_ptr<ExpertSource> source,
+                                           const ExpertLayout& layout, int32_t num_layers,
+                                           int32_t num_experts, int32_t top_k, int32_t num_slots,
+                                           const std::string& policy, const std::string& scope,
+                                           double decay, size_t chunk_bytes, int32_t num_threads) {
+  const PlannerConfig planner{.top_k = top_k,
+                              .expert_bytes = layout.slot_bytes(),
+                              .policy = ParsePolicy(policy),
+                              .scope = ParseScope(scope),
+                              .decay_per_token = decay};
+  const ExpertCacheOptions options{.num_layers = num_layers,
+                                   .num_experts = num_experts,
+                                   .num_slots = num_slots,
+                                   .planner = planner,
+                                   .chunk_bytes = chunk_bytes,
+                                   .num_threads = num_threads};
+  return std::make_shared<RegisteredCache>(std::move(source), layout, options);
+}
+
+void DefineSources(py::module_& m) {
+  py::class_<ExpertLayout>(m, "ExpertLayout")
+      .def(py::init(&MakeLayout), py::arg("segments"))
+      .def_property_readonly("segments", &Segments)
+      .def_property_readonly("slot_bytes", &ExpertLayout::slot_bytes)
+      .def_property_readonly("pool_bytes_per_expert", &ExpertLayout::pool_bytes_per_expert);
+  py::class_<ExpertSource, std::shared_ptr<ExpertSource>>(m, "ExpertSource");
+  py::class_<CheckpointSource, ExpertSource, std::shared_ptr<CheckpointSource>>(m,
+                                                                                "CheckpointSource")
+      .def(py::init(&MakeSource), py::arg("files"), py::arg("layout"), py::arg("extents"));
+  py::class_<RamPool, ExpertSource, std::shared_ptr<RamPool>>(m, "RamPool")
+      .def(py::init<const ExpertLayout&, size_t>(), py::arg("layout"), py::arg("num_experts"))
+      .def_property_readonly("num_bytes", &RamPool::num_bytes)
+      .def(
+          "start_fill",
+          [](std::shared_ptr<RamPool> pool, std::shared_ptr<CheckpointSource> source,
+             int32_t num_threads) {
+            return std::make_unique<PoolFill>(std::move(pool), std::move(source), num_threads);
+          },
+          py::arg("source"), py::arg("num_threads"));
+  py::class_<PoolFill>(m, "PoolFill")
+      .def_property_readonly("bytes_done", &PoolFill::bytes_done)
+      .def_property_readonly("bytes_total", &PoolFill::bytes_total)
+      .def("cancel", &PoolFill::Cancel)
+      .def(
+          "wait",
+          [](PoolFill& fill, double timeout_seconds) {
+            const py::gil_scoped_release unlocked;
+            if (!fill.WaitFor(std::chrono::duration<double>(timeout_seconds))) return false;
+            fill.Join();
+            return true;
+          },
+          py::arg("timeout_seconds"),
+          "True once everything is read; raises what a reader raised, RuntimeError if cancelled.");
+}
+
+void DefineCache(py::module_& m) {
+  py::class_<RegisteredCache, std::shared_ptr<RegisteredCache>>(m, "ExpertCache")
+      .def(py::init(&MakeCache), py::arg("source"), py::arg("layout"), py::arg("num_layers"),
+           py::arg("num_experts"), py::arg("top_k"), py::arg("num_slots"), py::arg("policy"),
+           py::arg("scope"), py::arg("decay"), py::arg("chunk_bytes"), py::arg("num_threads"))
+      .def_property_readonly("handle", &RegisteredCache::handle)
+      .def_property_readonly("num_slots", [](RegisteredCache& c) { return c.cache().num_slots(); })
+      .def_property_readonly(
+          "bandwidth_bytes_per_second",
+          [](RegisteredCache& c) { return c.cache().bandwidth_bytes_per_second(); })
+      .def("slot_memory", &SlotMemory, py::arg("slot"))
+      .def("statistics", &Statistics)
+      .def("reset_statistics", [](RegisteredCache& c) { c.cache().ResetStatistics(); });
+  m.def("min_slots", [](int32_t num_layers, int32_t top_k, const std::string& scope) {
+    return Planner::MinSlots(num_layers, top_k, ParseScope(scope));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  py::register_exception_translator(&TranslateSystemError);
+  m.attr("DTYPE_CODES") =
+      py::dict(py::arg("float32") = 0, py::arg("bfloat16") = 1, py::arg("float16") = 2);
+  m.def("build_info", &BuildInfo);
+  DefineSources(m);
+  DefineCache(m);
+}
+
+}  // namespace expertflow

@@ -38,7 +38,7 @@ endif()
 configure_file("${PROJECT_SOURCE_DIR}/cmake/expertflow_build_info.h.in"
   "${PROJECT_BINARY_DIR}/generated/expertflow_build_info.h" @ONLY)
 file(GLOB_RECURSE python_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/python/*.cc")
-pybind11_add_module(_core ${python_sources})
+pybind11_add_module(_core NO_EXTRAS ${python_sources})
 target_include_directories(_core PRIVATE "${PROJECT_BINARY_DIR}/generated")
 target_link_libraries(_core PRIVATE expertflow expertflow_flags)
 install(TARGETS _core LIBRARY DESTINATION .)

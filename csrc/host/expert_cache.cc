@@ -98,7 +98,6 @@ void ExpertCache::PostRow(const PlanRow& row) {
 }
 
 void ExpertCache::Wait(int32_t row_index) {
-  CheckProcess();
   Lock lock(mutex_);
   const PlanRow& row = RowAt(row_index);
   const ExpertId id{plan_->layer, row.expert};
@@ -110,8 +109,8 @@ void ExpertCache::Wait(int32_t row_index) {
     if (table.slot_expert[s] != ToIndex(table, id)) {
       const std::string& cause = failures_[static_cast<size_t>(s)];
       if (!cause.empty()) throw TransferError(id, cause);
-      throw std::logic_error("row " + std::to_string(row_index) +
-                             " takes over a slot that was not released");
+      throw std::invalid_argument("row " + std::to_string(row_index) +
+                                  " takes over a slot that was not released");
     }
     stalled = true;
     if (!CopyOneChunk(lock)) chunk_finished_.wait(lock);

@@ -111,11 +111,12 @@ py::dict Statistics(RegisteredCache& cache) {
   return result;
 }
 
-// The memory of one slot, without a copy. The caller keeps the cache alive.
-py::memoryview SlotMemory(RegisteredCache& cache, int32_t slot) {
-  if (slot < 0 || slot >= cache.cache().num_slots()) throw py::index_error("no such slot");
-  return py::memoryview::from_memory(cache.cache().slot_data(SlotId{slot}),
-                                     static_cast<py::ssize_t>(cache.cache().slot_bytes()));
+// The memory of one slot as a uint8 array, without a copy; it keeps the cache alive.
+py::array_t<uint8_t> SlotMemory(std::shared_ptr<RegisteredCache> cache, int32_t slot) {
+  if (slot < 0 || slot >= cache->cache().num_slots()) throw py::index_error("no such slot");
+  const auto* data = reinterpret_cast<const uint8_t*>(cache->cache().slot_data(SlotId{slot}));
+  const auto num_bytes = static_cast<py::ssize_t>(cache->cache().slot_bytes());
+  return py::array_t<uint8_t>(num_bytes, data, py::cast(cache));
 }
 
 py::dict BuildInfo() {

@@ -1,0 +1,148 @@
+"""The expert cache as Python sees it."""
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _core, ops
+
+if TYPE_CHECKING:
+    from .experts import StreamedExperts
+
+# The tensors of one expert by role, e.g. {"gate_up_proj": [2I, H], "down_proj": [H, I]}.
+ExpertWeights = dict[str, Tensor]
+# (tokens [n, H], weights of one expert) -> [n, H]
+ExpertMlp = Callable[[Tensor, ExpertWeights], Tensor]
+
+_CHUNK_BYTES = 1 << 20  # a demand waits for no more than one chunk a thread
+_open_caches: "weakref.WeakValueDictionary[int, ExpertCache]" = weakref.WeakValueDictionary()
+
+
+class ExpertCache:
+    """A few experts of all MoE layers in slots, the others in `source` until a layer needs them.
+
+    Args:
+        source: a `_core.RamPool` or a `_core.CheckpointSource`.
+        layout: the tensors of one expert.
+        segment_shapes: their shapes, by role.
+        num_layers: MoE layers; layers are counted over these only.
+        num_experts: in each layer.
+        top_k: experts a token is routed to.
+        num_slots: experts the cache holds.
+        policy: "decayed_frequency", "lru", "two_level_lru", or "on_demand", which keeps nothing.
+        scope: "global", or "layer" for an equal share of the slots for each layer.
+        decay: of use frequencies, per token.
+        num_threads: that copy experts; default: the cores there are, at most 4.
+
+    Raises:
+        ValueError: options that do not fit together, e.g. fewer slots than a layer's top-k.
+        MemoryError: the system refuses the memory.
+    """
+
+    def __init__(
+        self,
+        source: "_core.ExpertSource",
+        layout: "_core.ExpertLayout",
+        segment_shapes: dict[str, tuple[int, ...]],
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_slots: int,
+        policy: str = "decayed_frequency",
+        scope: str = "global",
+        decay: float = 0.98,
+        num_threads: int | None = None,
+    ) -> None:
+        if num_threads is None:
+            num_threads = min(4, len(os.sched_getaffinity(0)))
+        self._core = _core.ExpertCache(
+            source,
+            layout,
+            num_layers=num_layers,
+            num_experts=num_experts,
+            top_k=top_k,
+            num_slots=num_slots,
+            policy=policy,
+            scope=scope,
+            decay=decay,
+            chunk_bytes=_CHUNK_BYTES,
+            num_threads=num_threads,
+        )
+        self._segments = [
+            (role, getattr(torch, dtype), offset, num_bytes, segment_shapes[role])
+            for role, dtype, offset, num_bytes in layout.segments
+        ]
+        self._slot_weights: list[ExpertWeights | None] = [None] * num_slots
+        self.handle = torch.tensor([self._core.handle, 0])
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.num_slots = num_slots
+        self.slot_bytes: int = layout.slot_bytes
+        self.policy = policy
+        # For compiled graphs, which know a layer by its number only.
+        self.layers: weakref.WeakValueDictionary[int, "StreamedExperts"] = (
+            weakref.WeakValueDictionary()
+        )
+        # Held while a layer is computed: its slots must not change hands.
+        self.lock = threading.RLock()
+        _open_caches[self._core.handle] = self
+
+    @staticmethod
+    def of_handle(handle: Tensor) -> "ExpertCache":
+        """Return the cache that an op was given."""
+        return _open_caches[int(handle[0])]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots."""
+        return self.num_slots * self.slot_bytes
+
+    @property
+    def bandwidth_bytes_per_second(self) -> float:
+        """What the source was last seen to deliver; 0 before the first copy."""
+        return self._core.bandwidth_bytes_per_second
+
+    def slot_weights(self, slot: int) -> ExpertWeights:
+        """Return views of the tensors in `slot`, whichever expert it holds."""
+        weights = self._slot_weights[slot]
+        if weights is None:
+            memory = torch.from_numpy(self._core.slot_memory(slot))
+            weights = {
+                role: memory[offset : offset + num_bytes].view(dtype).view(shape)
+                for role, dtype, offset, num_bytes, shape in self._segments
+            }
+            self._slot_weights[slot] = weights
+        return weights
+
+    def prefetch(self, layer: int, expert_ids: Tensor, distance: int = 1) -> None:
+        """Fetch what `layer` will need `distance` MoE layers from now; see `ops.prefetch`."""
+        ids = expert_ids.to(torch.int64).contiguous()
+        with self.lock:
+            ops.prefetch(self.handle, ids, layer, distance)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counts since the last reset: totals, and under "layers" those of each MoE layer.
+
+        hits, late_hits (a prefetch was still under way), misses: experts needed, each once per
+        forward pass of its layer; demand_bytes, prefetch_bytes, wasted_prefetch_bytes; evictions;
+        stall_us, the time that computation waited for experts.
+        """
+        return self._core.statistics()
+
+    def reset_statistics(self) -> None:
+        """Start counting anew."""
+        self._core.reset_statistics()
+
+
+def hit_rate(statistics: dict[str, Any]) -> float:
+    """Return the share of needed experts that were in the cache in time; NaN if none was needed."""
+    needed = statistics["hits"] + statistics["late_hits"] + statistics["misses"]
+    return statistics["hits"] / needed if needed else math.nan

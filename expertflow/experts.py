@@ -1,0 +1,180 @@
+"""The experts of one MoE layer, computed while they arrive.
+
+The output is the same bits whatever the cache holds: tokens are cut into blocks by their number
+alone, an expert gets all its tokens of a block in one product, and what the experts return is
+summed in the order of the router.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import ops
+from .cache import ExpertCache, ExpertMlp, ExpertWeights
+
+_MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
+
+
+def compute_experts(
+    cache: ExpertCache,
+    layer: int,
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    expert_mlp: ExpertMlp,
+    on_planned: Callable[[], None] | None = None,
+) -> Tensor:
+    """Return the weighted sum over each token's experts, [tokens, hidden].
+
+    Args:
+        cache: where the experts are.
+        layer: MoE layer, counted over the MoE layers only.
+        hidden_states: [tokens, hidden], in the dtype of the experts.
+        expert_ids: [tokens, k] integers.
+        expert_weights: [tokens, k], any floating dtype.
+        expert_mlp: one expert.
+        on_planned: called once the missing experts are on their way; the place to prefetch.
+
+    Raises:
+        TransferError: an expert could not be read.
+    """
+    expert_ids = expert_ids.to(torch.int64).contiguous()
+    num_tokens, top_k = expert_ids.shape
+    bytes_per_token = max(1, top_k * hidden_states.shape[-1] * hidden_states.element_size())
+    block = max(1, _MAX_PARTIAL_BYTES // bytes_per_token)
+    outputs = []
+    with cache.lock:
+        for start in range(0, num_tokens, block):
+            tokens = slice(start, start + block)
+            partial = _compute_block(
+                cache, layer, hidden_states[tokens], expert_ids[tokens], expert_mlp, on_planned
+            )
+            weighted = partial.float() * expert_weights[tokens].float().unsqueeze(-1)
+            outputs.append(weighted.sum(dim=1).to(hidden_states.dtype))
+    if not outputs:
+        return torch.zeros_like(hidden_states)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _compute_block(
+    cache: ExpertCache,
+    layer: int,
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    expert_mlp: ExpertMlp,
+    on_planned: Callable[[], None] | None,
+) -> Tensor:
+    """Return what each expert makes of each of its tokens, [tokens, k, hidden]."""
+    num_tokens, top_k = expert_ids.shape
+    rows = ops.plan(cache.handle, expert_ids, layer).tolist()
+    if on_planned is not None:
+        on_planned()
+    places = _places_by_expert(expert_ids, cache.num_experts)
+    partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
+    for index, (expert, slot, state, _, next_row) in enumerate(rows):
+        if state != ops.HIT:
+            ops.wait(cache.handle, index)
+        place = places[expert]
+        tokens = hidden_states if num_tokens == 1 else hidden_states[place // top_k]
+        partial[place] = expert_mlp(tokens, cache.slot_weights(slot))
+        if next_row != ops.NO_ROW:
+            ops.release(cache.handle, index)
+    return partial.view(num_tokens, top_k, -1)
+
+
+def _places_by_expert(
+    expert_ids: Tensor, num_experts: int
+) -> dict[int, Tensor] | tuple[Tensor, ...]:
+    """Return for each expert where it stands in the flattened `expert_ids`, ascending."""
+    flat = expert_ids.view(-1)
+    order = flat.argsort(stable=True)
+    if expert_ids.shape[0] == 1:
+        return dict(zip(flat[order].tolist(), order.split(1), strict=True))
+    counts = torch.bincount(flat, minlength=num_experts)
+    return order.split(counts.tolist())
+
+
+class StreamedExperts(nn.Module):
+    """Stands in for a model's experts module: same call, no parameters.
+
+    The weights come from an `ExpertCache`; `bind` must be called before the first forward pass.
+    """
+
+    segment_shapes: dict[str, tuple[int, ...]]
+
+    def __init__(self, template: nn.Module) -> None:
+        """Take activation and shapes from `template`, an original module on the meta device."""
+        super().__init__()
+        parameters = dict(template.named_parameters(recurse=False))
+        self.segment_shapes = {name: tuple(p.shape[1:]) for name, p in parameters.items()}
+        self.num_experts = next(iter(parameters.values())).shape[0]
+        self.is_transposed: bool = getattr(template, "is_transposed", False)
+        for name in parameters:
+            delattr(template, name)
+        self._apply_gate: Callable[[Tensor], Tensor] = template._apply_gate  # type: ignore[assignment]
+        self.cache: ExpertCache | None = None
+        self.layer_index = -1
+
+    def bind(self, cache: ExpertCache, layer_index: int) -> None:
+        """Take the experts from MoE layer `layer_index` of `cache`."""
+        self.cache = cache
+        self.layer_index = layer_index
+        cache.layers[layer_index] = self
+
+    def expert_mlp(self, tokens: Tensor, weights: ExpertWeights) -> Tensor:
+        """One expert: [n, H] -> [n, H]."""
+        gate_up = self._linear(tokens, weights, "gate_up_proj")
+        return self._linear(self._apply_gate(gate_up), weights, "down_proj")
+
+    def _linear(self, x: Tensor, weights: ExpertWeights, role: str) -> Tensor:
+        weight = weights[role].t() if self.is_transposed else weights[role]
+        return functional.linear(x, weight, weights.get(role + "_bias"))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H]."""
+        if self.cache is None:
+            raise RuntimeError(
+                "the experts of this layer are not bound to a cache: use expertflow.from_pretrained"
+            )
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            raise NotImplementedError(
+                "expertflow computes experts without gradients: wrap the call in torch.no_grad(), "
+                "or train with plain transformers"
+            )
+        if torch.compiler.is_compiling():
+            return _experts_op(
+                self.cache.handle, hidden_states, top_k_index, top_k_weights, self.layer_index
+            )
+        return compute_experts(
+            self.cache, self.layer_index, hidden_states, top_k_index, top_k_weights, self.expert_mlp
+        )
+
+
+@torch.library.custom_op("expertflow::experts", mutates_args=("cache",))
+def _experts_op(
+    cache: Tensor, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor, layer: int
+) -> Tensor:
+    """`compute_experts` as one node of a compiled graph."""
+    owner = ExpertCache.of_handle(cache)
+    expert_mlp = owner.layers[layer].expert_mlp
+    return compute_experts(owner, layer, hidden_states, expert_ids, expert_weights, expert_mlp)
+
+
+@_experts_op.register_fake
+def _(
+    cache: Tensor, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor, layer: int
+) -> Tensor:
+    return torch.empty_like(hidden_states)
+
+
+def streamed_class(original: type[nn.Module]) -> type[StreamedExperts]:
+    """Return the class to build in place of `original`, a transformers class of experts."""
+
+    def init(self: StreamedExperts, *args: object, **kwargs: object) -> None:
+        with torch.device("meta"):
+            template = original(*args, **kwargs)
+        StreamedExperts.__init__(self, template)
+
+    return type(f"Streamed{original.__name__}", (StreamedExperts,), {"__init__": init})

@@ -1,0 +1,95 @@
+"""One MoE layer from end to end, without transformers: the flow of ExpertFlow in a page."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .cache import ExpertCache, ExpertWeights
+from .experts import compute_experts
+
+# Given the layer's number and its input [tokens, hidden]: pairs of (distance in MoE layers, ids of
+# the experts that the layer so far ahead will probably need, the most probable first).
+Predictor = Callable[[int, Tensor], Iterable[tuple[int, Tensor]]]
+
+
+class MoELayer(nn.Module):
+    """Router, predictor hook and streamed experts of one layer.
+
+        hidden state ──► router ──► expert ids, weights ──► plan: hits, misses and their slots
+              └──► predictor ──► prefetch for later layers      └──► experts ──► weighted sum
+
+    The experts are gated MLPs, down(act(gate(x)) * up(x)), with `gate_up_proj` [2I, H] (the gate's
+    rows first) and `down_proj` [H, I] in the slots of `cache`.
+
+    Args:
+        router_weight: [experts, hidden].
+        cache: holds the experts of this layer and of the others of the model.
+        layer: which of the cache's MoE layers this is.
+        activation: of the gate; default SiLU.
+        normalize: scale the weights of a token's experts to a sum of 1.
+        predictor: foresees what later layers need; None prefetches nothing.
+    """
+
+    def __init__(
+        self,
+        router_weight: Tensor,
+        cache: ExpertCache,
+        layer: int,
+        *,
+        activation: Callable[[Tensor], Tensor] = functional.silu,
+        normalize: bool = True,
+        predictor: Predictor | None = None,
+    ) -> None:
+        super().__init__()
+        if router_weight.shape[0] != cache.num_experts:
+            raise ValueError(
+                f"the router of layer {layer} scores {router_weight.shape[0]} experts, "
+                f"the cache has {cache.num_experts}"
+            )
+        self.router = nn.Parameter(router_weight, requires_grad=False)
+        self.cache = cache
+        self.layer = layer
+        self.activation = activation
+        self.normalize = normalize
+        self.predictor = predictor
+
+    def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] -> weights and ids of each token's experts, both [tokens, k]."""
+        logits = functional.linear(hidden_states, self.router)
+        probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+        weights, expert_ids = probabilities.topk(self.cache.top_k, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, expert_ids
+
+    def prefetch(self, hidden_states: Tensor) -> None:
+        """Fetch what the predictor expects of later layers, behind what this layer waits for."""
+        if self.predictor is None:
+            return
+        for distance, expert_ids in self.predictor(self.layer, hidden_states):
+            target = self.layer + distance
+            if target < self.cache.num_layers:
+                self.cache.prefetch(target, expert_ids, distance)
+
+    def expert_mlp(self, tokens: Tensor, weights: ExpertWeights) -> Tensor:
+        """One expert: [n, hidden] -> [n, hidden]."""
+        gate, up = functional.linear(tokens, weights["gate_up_proj"]).chunk(2, dim=-1)
+        return functional.linear(self.activation(gate) * up, weights["down_proj"])
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden], the same bits whatever the cache holds."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights, expert_ids = self.route(tokens)
+        output = compute_experts(
+            self.cache,
+            self.layer,
+            tokens,
+            expert_ids,
+            weights,
+            self.expert_mlp,
+            on_planned=lambda: self.prefetch(tokens),
+        )
+        return output.view_as(hidden_states)

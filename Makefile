@@ -1,7 +1,8 @@
 # make demo and make test do everything on a fresh machine; `make` lists the targets.
 
 PYTHON ?= python3
-# What to install where .venv has no torch, e.g. TORCH_SPEC=torch==2.13.0
+# What pip installs where .venv has no torch, with pip's options if need be:
+# TORCH_SPEC=torch==2.13.0, TORCH_SPEC="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH_SPEC ?= torch
 BUILD := build/dev
 
@@ -25,7 +26,7 @@ help:
 	@echo "make bench   benchmarks"
 	@echo "make build   build what changed, into .venv"
 	@echo "make clean   remove build results (and .venv: rm -r .venv)"
-	@echo "TORCH_SPEC=torch==2.13.0 chooses the torch to install where .venv has none."
+	@echo "TORCH_SPEC=torch==2.13.0 chooses the torch that is installed where .venv has none."
 
 demo: build
 	$(BIN)/expertflow demo
@@ -71,7 +72,7 @@ $(DONE)/venv:
 
 # A torch that is there stays, whatever TORCH_SPEC says.
 $(DONE)/torch: $(DONE)/venv
-	$(BIN)/python cmake/find_torch.py >/dev/null 2>&1 || $(PIP) "$(TORCH_SPEC)"
+	$(BIN)/python cmake/find_torch.py >/dev/null 2>&1 || { spec="$(TORCH_SPEC)"; $(PIP) $$spec; }
 	$(BIN)/python cmake/find_torch.py
 	touch $@
 

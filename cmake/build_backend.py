@@ -4,23 +4,22 @@ Torch as a plain build requirement would make every isolated build download giga
 headers lie on disk already. An sdist needs no torch at all.
 """
 
-import os
 from collections.abc import Mapping
 
-from find_torch import find_torch
+import find_torch
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 
 def get_requires_for_build_wheel(config_settings: Mapping | None = None) -> list[str]:
     """Setuptools' requirements, and torch (or TORCH_SPEC) where there is none to build against."""
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirements()
 
 
 def get_requires_for_build_editable(config_settings: Mapping | None = None) -> list[str]:
     """As for a wheel."""
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
+    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirements()
 
 
-def _torch_requirement() -> list[str]:
-    return [] if find_torch() else [os.environ.get("TORCH_SPEC", "torch>=2.10")]
+def _torch_requirements() -> list[str]:
+    return [] if find_torch.find_torch() else [find_torch.requirement()]

@@ -1,0 +1,78 @@
+"""How many slots an expert cache gets, and whether all of it fits into memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._core import min_slots
+from .memory import AvailableMemory, check_ram, format_size, parse_size
+from .model_info import OpenedModel
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """The memory of a model: its pool, its cache and the rest, in bytes."""
+
+    num_slots: int
+    cache_bytes: int
+    pool_bytes: int  # 0 for the file pool
+    other_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        """All of it."""
+        return self.cache_bytes + self.pool_bytes + self.other_bytes
+
+
+def size_cache(
+    model: OpenedModel, expert_cache: str | float | int, pool: str, policy: str, scope: str
+) -> CacheSize:
+    """Turn `expert_cache` into slots; more than all experts is the same as "100%".
+
+    Raises ValueError for a size that does not parse or is smaller than the smallest legal one.
+    """
+    skeleton, slot_bytes = model.skeleton, int(model.layout.slot_bytes)
+    num_layers, num_experts_total = len(skeleton.moe_layers), skeleton.num_experts_total
+    asked_bytes = parse_size(expert_cache, model.expert_bytes_total, "expert_cache")
+    num_slots = min(asked_bytes // slot_bytes, num_experts_total)
+    smallest = int(min_slots(num_layers, skeleton.top_k, scope))
+    if num_slots < smallest:
+        each = " for each layer" if scope == "layer" else ""
+        raise ValueError(
+            f"expert_cache={expert_cache!r} holds {num_slots} experts of {format_size(slot_bytes)}"
+            f" each. A token needs {skeleton.top_k} experts at once, so the smallest legal cache "
+            f"is {smallest} experts{each and f' ({skeleton.top_k}{each})'}: "
+            f"{smallest * slot_bytes} bytes ({format_size(smallest * slot_bytes)})."
+        )
+    if scope == "layer":
+        num_slots -= num_slots % num_layers  # every layer gets the same number
+    # The RAM pool itself serves as the cache if every expert has a slot (and keeps it).
+    aliases_pool = pool == "ram" and num_slots == num_experts_total and policy != "on_demand"
+    return CacheSize(
+        num_slots=num_slots,
+        cache_bytes=0 if aliases_pool else num_slots * slot_bytes,
+        pool_bytes=model.pool_bytes if pool == "ram" else 0,
+        other_bytes=model.other_bytes,
+    )
+
+
+def check_cache_fits(model: OpenedModel, size: CacheSize, available: AvailableMemory) -> None:
+    """Raise MemoryError, saying what would fit, if pool, cache and the rest do not."""
+    slot_bytes, top_k = int(model.layout.slot_bytes), model.skeleton.top_k
+    spare_bytes = available.num_bytes - model.other_bytes
+    options = []
+    if size.pool_bytes and size.cache_bytes and model.pool_bytes <= spare_bytes:
+        options.append('expert_cache="100%" (then the pool itself is the cache)')
+    largest_bytes = min(spare_bytes // slot_bytes * slot_bytes, model.expert_bytes_total)
+    if largest_bytes >= top_k * slot_bytes:
+        options.append(f'pool="file" with expert_cache up to {format_size(largest_bytes)}')
+    advice = f"What would fit: {', or '.join(options)}." if options else "No cache would fit."
+    parts = [f"{format_size(size.pool_bytes)} expert pool"] if size.pool_bytes else []
+    parts += [f"{format_size(size.cache_bytes)} expert cache"] if size.cache_bytes else []
+    parts.append(f"{format_size(size.other_bytes)} for the rest of the model")
+    check_ram(
+        size.needed_bytes,
+        available,
+        f"{model.files.path} ({', '.join(parts)})",
+        f"{advice} ram_limit= overrides the amount that is taken to be available.",
+    )

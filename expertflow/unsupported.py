@@ -1,0 +1,78 @@
+"""What `from_pretrained` refuses before it reads anything, rather than run it wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import UnsupportedModelError
+
+# Arguments of transformers that only make sense when transformers holds the experts itself.
+_REFUSED_ARGUMENTS = {
+    "quantization_config": "quantization is not supported; experts are read in bfloat16, float16 "
+    "or float32. Leave it out and use an unquantized checkpoint.",
+    "load_in_4bit": "quantization is not supported. Leave it out.",
+    "load_in_8bit": "quantization is not supported. Leave it out.",
+    "gguf_file": "GGUF files are not supported. Use the model's safetensors checkpoint.",
+    "state_dict": "weights are read from the checkpoint's files. Save them with save_pretrained "
+    "and give the directory.",
+    "tp_plan": "tensor parallelism is not supported. Leave it out.",
+    "tp_size": "tensor parallelism is not supported. Leave it out.",
+    "device_mesh": "tensor parallelism is not supported. Leave it out.",
+    "distributed_config": "distributed loading is not supported. Leave it out.",
+    "max_memory": "the memory of the experts is set with expert_cache= and pool=. Leave it out.",
+    "offload_folder": 'experts that do not fit are read with pool="file". Leave it out.',
+    "experts_implementation": "ExpertFlow computes the experts itself. Leave it out.",
+    "use_kernels": "kernels that replace the expert computation are not supported. Leave it out.",
+    "kernel_config": "kernels that replace the expert computation are not supported. Leave it out.",
+    "key_mapping": "renaming tensors while loading is not supported. Save the model again under "
+    "its usual tensor names.",
+    "trust_remote_code": "models are built from transformers' own code. Leave it out.",
+}
+_MXFP4_ADVICE = (
+    " Dequantize it once: AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16', "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)."
+)
+
+
+def refuse_arguments(device: Any, device_map: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError for an argument that cannot be honoured, naming it."""
+    for name, reason in _REFUSED_ARGUMENTS.items():
+        if arguments.get(name) not in (None, False, ""):
+            raise UnsupportedModelError(f"{name}={arguments[name]!r}: {reason}")
+    if arguments.get("use_safetensors") is False:
+        raise UnsupportedModelError("use_safetensors=False: ExpertFlow reads safetensors only.")
+    _refuse_device(device, "device")
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise UnsupportedModelError(
+                f"device_map={dict(device_map)!r}: spreading or offloading a model is not "
+                'supported, because ExpertFlow places the experts itself. Use None or "cpu".'
+            )
+        device_map = device_map[""]
+    if device_map is not None:
+        _refuse_device(device_map, "device_map")
+
+
+def _refuse_device(device: Any, name: str) -> None:
+    text = str(device)
+    if text == "cpu":
+        return
+    if isinstance(device, int) or text.partition(":")[0] == "cuda":
+        raise UnsupportedModelError(
+            f'{name}={device!r}: the CUDA backend is not in this build. Use "cpu".'
+        )
+    raise UnsupportedModelError(f'{name}={device!r} is not supported. Use "cpu".')
+
+
+def refuse_quantized(config: Mapping[str, Any], path: str) -> None:
+    """Raise UnsupportedModelError if config.json says that the weights are quantized."""
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    raise UnsupportedModelError(
+        f"{path}: the checkpoint is quantized ({method or 'quantization_config in config.json'}), "
+        "which is not supported. Use a checkpoint in bfloat16, float16 or float32."
+        + (_MXFP4_ADVICE if method == "mxfp4" else "")
+    )

@@ -154,8 +154,10 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now) {
   const auto limit = static_cast<size_t>(count);
   int64_t worst = std::numeric_limits<int64_t>::max();
   for (int32_t s = range.begin; s < range.end; ++s) {
+    if (table_.slot_key[s] >= worst) continue;  // most slots: a rank is never below its key
+    if (InFlight(table_.slot_state[s]) || table_.slot_needed[s] == now) continue;
     const int64_t rank = Policy::Rank(params_, table_, s, now);
-    if (rank >= worst || InFlight(table_.slot_state[s]) || table_.slot_needed[s] == now) continue;
+    if (rank >= worst) continue;
     if (count > kInsertionLimit) {
       candidates_.push_back({rank, s});
       continue;

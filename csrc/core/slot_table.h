@@ -16,7 +16,7 @@ enum class SlotState : uint8_t {
 };
 
 // Keys below zero go first whatever the policy: an empty slot, then an expert that a long prompt
-// streamed in.
+// streamed in (unless the policy protects it because it is predicted).
 constexpr int64_t kEmptyKey = std::numeric_limits<int64_t>::min();
 constexpr int64_t kStreamedKey = -1;
 constexpr Tick kNever = -1;

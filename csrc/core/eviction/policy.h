@@ -26,9 +26,10 @@ struct EvictionParams {
 };
 
 // A policy is two functions, for host and device alike:
-//   KeyOnUse  the key of an expert that is used at tick `now`, given its `expert_key` before
+//   KeyOnUse  the key of an expert that is used at tick `now`, given its `expert_key` before; it is
+//             not negative
 //   Rank      the slot's rank among the victims at tick `now`: the smallest goes first, ties go to
-//   the lower slot. Negative
-//             keys (empty, streamed) must keep their rank below all others.
+//             the lower slot. It is the slot's key or above, so a scan reads little more than keys,
+//             and that of an empty slot is its key
 
 }  // namespace expertflow

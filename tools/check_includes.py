@@ -16,15 +16,19 @@ LAYERS = {
     "ops": {"core", "host", "cuda"},
     "python": {"core", "host", "cuda"},
 }
-# Headers with a folder in their name that a layer may use, next to those without one (the C++
-# standard library's, and CUDA's in cuda/).
+# What a layer may use besides the C++ standard library: folders of headers, and headers.
 LIBRARIES = {
     "host": {"sys"},
     "cuda": {"sys"},
     "ops": {"torch"},
     "python": {"pybind11"},
 }
-STANDARD_IN_CORE = re.compile(r"[a-z_]+")  # <vector>; not <unistd.h>, not <cuda_runtime.h>
+PLAIN_HEADERS = {
+    "host": {"fcntl.h", "unistd.h"},
+    "cuda": {"cuda_runtime_api.h", "cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"},
+    "ops": {"dlfcn.h"},
+}
+STANDARD_HEADER = re.compile(r"[a-z_]+")  # <vector>; not <unistd.h>, not <cuda_runtime.h>
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 
 
@@ -50,9 +54,9 @@ def _violation(layer: str, quoted: bool, header: str) -> str | None:
     if folder is not None:
         allowed = folder in LIBRARIES.get(layer, set())
         return None if allowed else f"{layer} may not use the library {folder}"
-    if layer == "core" and not STANDARD_IN_CORE.fullmatch(header):
-        return "core uses the C++ standard library only"
-    return None
+    if STANDARD_HEADER.fullmatch(header) or header in PLAIN_HEADERS.get(layer, set()):
+        return None
+    return f"{layer} may not use <{header}>"
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Sees to it that the system packages of the named features are there: python, compiler, gtest, benchmark.
+# Sees to it that the system packages of the named features are there:
+# make, python, compiler, gtest, benchmark.
 # What is missing is installed where that needs no question (root, or sudo without a password);
 # otherwise the command that installs it is named, and the exit status is 1.
 set -eu
@@ -15,6 +16,7 @@ find_missing() {
   missing=
   for feature in "$@"; do
     case $feature in
+      make) command -v make >/dev/null || need make ;;
       python)
         # A virtual environment that works is proof enough: then ensurepip has done its part.
         if ! command -v "$PYTHON" >/dev/null; then

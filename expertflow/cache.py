@@ -75,6 +75,9 @@ class ExpertCache:
             chunk_bytes=_CHUNK_BYTES,
             num_threads=num_threads,
         )
+        self.source = source
+        self.layout = layout
+        self.segment_shapes = segment_shapes
         self._segments = [
             (role, getattr(torch, dtype), offset, num_bytes, segment_shapes[role])
             for role, dtype, offset, num_bytes in layout.segments
@@ -87,13 +90,32 @@ class ExpertCache:
         self.num_slots = num_slots
         self.slot_bytes: int = layout.slot_bytes
         self.policy = policy
+        self.scope = scope
+        self.decay = decay
+        self.num_threads = num_threads
         # For compiled graphs, which know a layer by its number only.
-        self.layers: weakref.WeakValueDictionary[int, "StreamedExperts"] = (
+        self.layers: weakref.WeakValueDictionary[int, StreamedExperts] = (
             weakref.WeakValueDictionary()
         )
         # Held while a layer is computed: its slots must not change hands.
         self.lock = threading.RLock()
         _open_caches[self._core.handle] = self
+
+    def resized(self, num_slots: int, policy: str, scope: str) -> "ExpertCache":
+        """Return an empty cache of another size or policy over the same source."""
+        return ExpertCache(
+            self.source,
+            self.layout,
+            self.segment_shapes,
+            self.num_layers,
+            self.num_experts,
+            self.top_k,
+            num_slots=num_slots,
+            policy=policy,
+            scope=scope,
+            decay=self.decay,
+            num_threads=self.num_threads,
+        )
 
     @staticmethod
     def of_handle(handle: Tensor) -> "ExpertCache":

@@ -33,19 +33,9 @@ def size_cache(
     """
     skeleton, slot_bytes = model.skeleton, int(model.layout.slot_bytes)
     num_layers, num_experts_total = len(skeleton.moe_layers), skeleton.num_experts_total
-    asked_bytes = parse_size(expert_cache, model.expert_bytes_total, "expert_cache")
-    num_slots = min(asked_bytes // slot_bytes, num_experts_total)
-    smallest = int(min_slots(num_layers, skeleton.top_k, scope))
-    if num_slots < smallest:
-        each = " for each layer" if scope == "layer" else ""
-        raise ValueError(
-            f"expert_cache={expert_cache!r} holds {num_slots} experts of {format_size(slot_bytes)}"
-            f" each. A token needs {skeleton.top_k} experts at once, so the smallest legal cache "
-            f"is {smallest} experts{each and f' ({skeleton.top_k}{each})'}: "
-            f"{smallest * slot_bytes} bytes ({format_size(smallest * slot_bytes)})."
-        )
-    if scope == "layer":
-        num_slots -= num_slots % num_layers  # every layer gets the same number
+    num_slots = count_slots(
+        expert_cache, slot_bytes, num_layers, skeleton.num_experts, skeleton.top_k, scope
+    )
     # The RAM pool itself serves as the cache if every expert has a slot (and keeps it).
     aliases_pool = pool == "ram" and num_slots == num_experts_total and policy != "on_demand"
     return CacheSize(
@@ -54,6 +44,35 @@ def size_cache(
         pool_bytes=model.pool_bytes if pool == "ram" else 0,
         other_bytes=model.other_bytes,
     )
+
+
+def count_slots(
+    expert_cache: str | float | int,
+    slot_bytes: int,
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    scope: str,
+) -> int:
+    """Turn the size of a cache into its slots; more than all experts is the same as "100%".
+
+    Raises ValueError for a size that does not parse or is smaller than the smallest legal one.
+    """
+    num_experts_total = num_layers * num_experts
+    asked_bytes = parse_size(expert_cache, num_experts_total * slot_bytes, "expert_cache")
+    num_slots = min(asked_bytes // slot_bytes, num_experts_total)
+    smallest = int(min_slots(num_layers, top_k, scope))
+    if num_slots < smallest:
+        each = " for each layer" if scope == "layer" else ""
+        raise ValueError(
+            f"expert_cache={expert_cache!r} holds {num_slots} experts of {format_size(slot_bytes)}"
+            f" each. A token needs {top_k} experts at once, so the smallest legal cache "
+            f"is {smallest} experts{each and f' ({top_k}{each})'}: "
+            f"{smallest * slot_bytes} bytes ({format_size(smallest * slot_bytes)})."
+        )
+    if scope == "layer":
+        num_slots -= num_slots % num_layers  # every layer gets the same number
+    return num_slots
 
 
 def check_cache_fits(model: OpenedModel, size: CacheSize, available: AvailableMemory) -> None:

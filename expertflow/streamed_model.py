@@ -6,13 +6,17 @@ would silently do so without them; here each such method either works or says wh
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
+from .cache_size import count_slots
 from .errors import UnsupportedModelError
+from .experts import StreamedExperts
+from .memory import available_memory, check_ram
 
 
 class StreamedModel:
@@ -24,20 +28,84 @@ class StreamedModel:
 
     expert_cache: Any = None  # the expertflow.cache.ExpertCache that all MoE layers share
     expert_checkpoint: str = ""  # where the experts are read from
+    expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
+    _serves_adapter = False  # state_dict() is called for the sake of an adapter
+
+    def set_expert_cache(
+        self, expert_cache: str | float | int, *, policy: str = "", cache_scope: str = ""
+    ) -> None:
+        """Replace the cache by an empty one of another size or policy; the pool stays as it is.
+
+        Takes `expert_cache`, `policy` and `cache_scope` as `from_pretrained` does, and raises the
+        same ValueError and MemoryError; what is left out stays as it is.
+        """
+        old = self.expert_cache
+        policy, scope = policy or old.policy, cache_scope or old.scope
+        num_slots = count_slots(
+            expert_cache, old.slot_bytes, old.num_layers, old.num_experts, old.top_k, scope
+        )
+        check_ram(
+            num_slots * old.slot_bytes,
+            available_memory(),
+            f"an expert cache of {num_slots} experts",
+            "Choose a smaller expert_cache.",
+        )
+        self.expert_cache = old.resized(num_slots, policy, scope)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, StreamedExperts):
+                module.bind(self.expert_cache, module.layer_index)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, except for a wrapper (PeftModel) that collects its own weights."""
-        if self.expert_cache is None or args or kwargs.get("destination") is not None:
+        """Refused, unless it serves an adapter or a wrapper (PeftModel), which filter it."""
+        partial = self._serves_adapter or args or kwargs.get("destination") is not None
+        if self.expert_cache is None or partial:
             return super().state_dict(*args, **kwargs)  # type: ignore[misc]
         raise self._without_experts(
             "state_dict()", "For the rest of the model, call the state_dict() of its modules."
         )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused."""
+        """Refused, unless an adapter is loaded: then transformers saves only that."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            with self._serving_adapter():
+                return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         raise self._without_experts(
             "save_pretrained()", "An adapter is saved by PeftModel.save_pretrained()."
         )
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; refused for adapters of experts."""
+        with self._serving_adapter():
+            return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        with self._serving_adapter():
+            return super().get_adapter_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _serving_adapter(self) -> Iterator[None]:
+        self._serves_adapter = True
+        try:
+            yield
+        finally:
+            self._serves_adapter = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Peft ends its work by setting `peft_config`: refuse adapters that missed the experts."""
+        if name == "peft_config":
+            for config in value.values():
+                self._refuse_adapter_of_experts(config)
+        super().__setattr__(name, value)
+
+    def _refuse_adapter_of_experts(self, config: Any) -> None:
+        for target in getattr(config, "target_parameters", None) or ():
+            if any(f".{name}".endswith(f".{target}") for name in self.expert_parameters):
+                raise UnsupportedModelError(
+                    f"The adapter changes {target}, that is the experts, which is not supported: "
+                    "they are streamed from the checkpoint. Merge the adapter into the checkpoint "
+                    "with transformers, then load the result."
+                )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Refused."""
@@ -77,20 +145,28 @@ class StreamedModel:
         )
 
 
-def streamed_model_class(model_class: type[Any], expert_modules: Iterable[str]) -> type[Any]:
-    """A subclass of a transformers model class for models whose experts are streamed.
+def streamed_model_class(
+    model_class: type[Any], path: str, expert_modules: Iterable[str], parameters: Iterable[str]
+) -> type[Any]:
+    """A subclass of a transformers model class for one model whose experts are streamed.
 
     It keeps the name of the class, by which transformers and peft know models, and does not
-    report the tensors of `expert_modules` as left over when a checkpoint is loaded.
+    report the tensors of `expert_modules` as left over when a checkpoint is loaded. `path` is the
+    checkpoint and `parameters` are what an experts module has in transformers.
     """
     prefix = f"{model_class.base_model_prefix}."
-    names = "|".join(re.escape(name.removeprefix(prefix)) for name in expert_modules)
+    modules = tuple(expert_modules)
+    names = "|".join(re.escape(name.removeprefix(prefix)) for name in modules)
     ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ())]
     ignored.append(rf"^(?:{re.escape(prefix)})?(?:{names})\.")
     attributes = {
         "__module__": model_class.__module__,
         "__doc__": model_class.__doc__,
         "_keys_to_ignore_on_load_unexpected": ignored,
+        "expert_checkpoint": path,
+        "expert_parameters": frozenset(
+            f"{module}.{name}" for module in modules for name in parameters
+        ),
     }
     return type(model_class.__name__, (StreamedModel, model_class), attributes)
 

@@ -178,10 +178,11 @@ def _parse_entry(
         dtype = description["dtype"]
         shape = tuple(description["shape"])
         begin, end = description["data_offsets"]
-        integers = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        numbers = (*shape, begin, end)
+        valid = all(type(number) is int and number >= 0 for number in numbers)
     except (TypeError, KeyError, ValueError):
-        integers = False
-    if not integers:
+        valid = False
+    if not valid or not isinstance(dtype, str):
         raise CheckpointError(f"{file}: the header entry of tensor {name} is not valid.")
     if dtype not in _DTYPE_BITS:
         raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {dtype!r}.")

@@ -105,7 +105,12 @@ def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict
     arguments = dict(model.model_arguments)
     ignore_mismatched = arguments.pop("ignore_mismatched_sizes", False)
     arguments.pop("output_loading_info", None)
-    model_class = streamed_model_class(model.skeleton.model_class, model.skeleton.moe_layers)
+    model_class = streamed_model_class(
+        model.skeleton.model_class,
+        model.files.path,
+        model.skeleton.moe_layers,
+        model.skeleton.segment_shapes,
+    )
     with _streamed_experts(model.skeleton.experts_class), _progress_bars(progress):
         streamed, info = model_class.from_pretrained(
             model.files.path,
@@ -117,7 +122,6 @@ def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict
             **arguments,
         )
     _check_loading_info(info, model, ignore_mismatched)
-    streamed.expert_checkpoint = model.files.path
     return streamed, info
 
 

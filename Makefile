@@ -4,6 +4,8 @@ PYTHON ?= python3
 # What pip installs where .venv has no torch, with pip's options if need be:
 # TORCH_SPEC=torch==2.13.0, TORCH_SPEC="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH_SPEC ?= torch
+# ON makes warnings errors, as CI does; a compiler that is newer than the code may have new ones.
+WERROR ?= OFF
 BUILD := build/dev
 
 VENV := .venv
@@ -14,9 +16,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet
 
 # One file for each step that is done; `touch` follows the step, so a failed one is tried again.
+# They lie in what they describe, so that removing .venv or build/ is safe.
 DONE := $(VENV)/.done
+PACKAGE := $(BUILD)/.package-done
 CPP_SOURCES = $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' 2>/dev/null)
 
+.NOTPARALLEL:
 .PHONY: help demo test lint bench sanitize build ctest pytest clean
 
 help:
@@ -43,7 +48,7 @@ lint: $(DONE)/test-tools
 
 ctest: build $(DONE)/test-tools
 	sh tools/require_packages.sh gtest
-	cmake -S . -B $(BUILD) -DEXPERTFLOW_BUILD_TESTS=ON --log-level=WARNING
+	cmake -S . -B $(BUILD) -DEXPERTFLOW_BUILD_TESTS=ON -DEXPERTFLOW_WERROR=$(WERROR) --log-level=WARNING
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j 2
 
@@ -52,7 +57,7 @@ pytest: build $(DONE)/test-tools
 
 bench: build $(DONE)/test-tools
 	sh tools/require_packages.sh benchmark
-	cmake -S . -B $(BUILD) -DEXPERTFLOW_BUILD_BENCH=ON --log-level=WARNING
+	cmake -S . -B $(BUILD) -DEXPERTFLOW_BUILD_BENCH=ON -DEXPERTFLOW_WERROR=$(WERROR) --log-level=WARNING
 	cmake --build $(BUILD)
 	set -e; for bench in $(BUILD)/*_bench; do $$bench; done
 	set -e; for bench in bench/*_bench.py; do python $$bench; done
@@ -64,12 +69,12 @@ sanitize: $(DONE)/build-tools
 	sh tools/run_sanitized.sh tsan thread
 
 # What changed since the package was installed, which built everything once.
-build: $(DONE)/package
+build: $(PACKAGE)
 	cmake --build $(BUILD)
 	cmake --install $(BUILD) --prefix expertflow >$(BUILD)/install.log
 
 clean:
-	rm -rf build dist *.egg-info expertflow/*.so $(DONE)/package
+	rm -rf build dist *.egg-info expertflow/*.so
 
 $(DONE)/venv:
 	PYTHON=$(PYTHON) sh tools/require_packages.sh compiler python
@@ -79,6 +84,7 @@ $(DONE)/venv:
 
 # A torch that is there stays, whatever TORCH_SPEC says.
 $(DONE)/torch: $(DONE)/venv
+	@echo "Installing torch into $(VENV), unless it is there (TORCH_SPEC=$(TORCH_SPEC))"
 	$(BIN)/python cmake/find_torch.py >/dev/null 2>&1 || { spec="$(TORCH_SPEC)"; $(PIP) $$spec; }
 	$(BIN)/python cmake/find_torch.py
 	touch $@
@@ -87,11 +93,13 @@ $(DONE)/build-tools: pyproject.toml $(DONE)/torch
 	$(PIP) $$(sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',"')
 	touch $@
 
-$(DONE)/package: setup.py $(DONE)/build-tools
-	CMAKE_ARGS="-DEXPERTFLOW_WERROR=ON" $(PIP) --no-build-isolation --editable .
+$(PACKAGE): setup.py $(DONE)/build-tools
+	@echo "Building and installing ExpertFlow into $(VENV)"
+	CMAKE_ARGS="-DEXPERTFLOW_WERROR=$(WERROR)" $(PIP) --no-build-isolation --editable .
 	touch $@
 
 # The package is there already: this adds what its extra asks for.
-$(DONE)/test-tools: $(DONE)/package
+$(DONE)/test-tools: $(PACKAGE)
+	@echo "Installing the test tools into $(VENV)"
 	$(PIP) "expertflow[test]"
 	touch $@

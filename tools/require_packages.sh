@@ -10,7 +10,13 @@ missing=
 
 need() { missing="$missing $*"; }
 
-have_header() { echo "#include <$1>" | ${CXX:-c++} -E -x c++ - >/dev/null 2>&1; }
+# Looks where CMake will look, too.
+have_header() {
+  for prefix in $(echo "${CMAKE_PREFIX_PATH:-}" | tr ':' ' '); do
+    [ ! -e "$prefix/include/$1" ] || return 0
+  done
+  echo "#include <$1>" | ${CXX:-c++} -E -x c++ - >/dev/null 2>&1
+}
 
 find_missing() {
   missing=
@@ -23,6 +29,10 @@ find_missing() {
           need python3 python3-venv python3-dev
           continue
         fi
+        "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+          echo "ExpertFlow needs Python >= 3.10, $PYTHON is older: make PYTHON=python3.12 ..." >&2
+          exit 1
+        }
         [ -x .venv/bin/pip ] || "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
         "$PYTHON" -c 'import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || need python3-dev

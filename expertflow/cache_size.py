@@ -8,6 +8,8 @@ from ._core import min_slots
 from .memory import AvailableMemory, check_ram, format_size, parse_size
 from .model_info import OpenedModel
 
+POLICIES = ("decayed_frequency", "lru", "two_level_lru", "on_demand")
+
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:
@@ -29,21 +31,33 @@ def size_cache(
 ) -> CacheSize:
     """Turn `expert_cache` into slots; more than all experts is the same as "100%".
 
-    Raises ValueError for a size that does not parse or is smaller than the smallest legal one.
+    Raises ValueError for a size that does not parse or is smaller than the smallest legal one, and
+    for a policy or scope that does not exist.
     """
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} is unknown. Use one of: {', '.join(POLICIES)}.")
     skeleton, slot_bytes = model.skeleton, int(model.layout.slot_bytes)
     num_layers, num_experts_total = len(skeleton.moe_layers), skeleton.num_experts_total
     num_slots = count_slots(
         expert_cache, slot_bytes, num_layers, skeleton.num_experts, skeleton.top_k, scope
     )
-    # The RAM pool itself serves as the cache if every expert has a slot (and keeps it).
-    aliases_pool = pool == "ram" and num_slots == num_experts_total and policy != "on_demand"
     return CacheSize(
         num_slots=num_slots,
-        cache_bytes=0 if aliases_pool else num_slots * slot_bytes,
+        cache_bytes=slots_memory(num_slots, num_experts_total, slot_bytes, pool == "ram", policy),
         pool_bytes=model.pool_bytes if pool == "ram" else 0,
         other_bytes=model.other_bytes,
     )
+
+
+def slots_memory(
+    num_slots: int, num_experts_total: int, slot_bytes: int, ram_pool: bool, policy: str
+) -> int:
+    """Bytes that slots take; none if the RAM pool itself serves as the cache.
+
+    It does when every expert has a slot and the policy lets it stay there.
+    """
+    aliases_pool = ram_pool and num_slots == num_experts_total and policy != "on_demand"
+    return 0 if aliases_pool else num_slots * slot_bytes
 
 
 def count_slots(

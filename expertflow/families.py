@@ -6,11 +6,15 @@ many, which shapes) is asked of transformers itself, by building the model on th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import UnsupportedModelError
+
+# Held while a model is built: a StreamedModel then replaces the experts' class in transformers.
+model_class_lock = threading.Lock()
 
 # Parameter of an experts module -> the checkpoint's per-expert tensors that are stacked to make
 # it, e.g. rows of gate_proj and then rows of up_proj.
@@ -107,7 +111,7 @@ def build_skeleton(config: Any, family: Family, path: str) -> ModelSkeleton:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with model_class_lock, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     experts = {
         name: module

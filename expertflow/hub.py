@@ -54,6 +54,12 @@ def find_config_file(path: str | os.PathLike[str], hub_arguments: dict[str, Any]
     found = cached_file(
         name, "config.json", **hub_arguments, _raise_exceptions_for_missing_entries=False
     )
+    if found is None and not Path(name).is_dir():
+        revision = hub_arguments.get("revision") or "main"
+        raise FileNotFoundError(
+            f"{name}: no config.json at revision {revision!r}, neither on the Hub nor in its local "
+            "cache (offline mode and local_files_only see only the cache)."
+        )
     return None if found is None else Path(found)
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +19,7 @@ from ._core import CheckpointSource, RamPool
 from .cache import ExpertCache
 from .cache_size import CacheSize, check_cache_fits, size_cache
 from .errors import CheckpointError
-from .experts import StreamedExperts, streamed_class
+from .experts import StreamedExperts
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
 from .streamed_model import streamed_model_class
@@ -31,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 _POOLS = ("ram", "file")
 _POLL_SECONDS = 0.1
-# transformers' patches of model classes are global: one model is built at a time.
-_patch_lock = threading.Lock()
 
 
 def from_pretrained(
@@ -51,7 +47,8 @@ def from_pretrained(
 ) -> Any:
     """Load an MoE model for `generate` without ever holding all of its experts in the cache.
 
-    While it runs, no other thread should load a model of the same class.
+    Several threads may call it at once, but meanwhile no thread should build a model of the same
+    class by other means.
 
     Args:
         path: a directory, or a Hub id with `revision`, `cache_dir`, `token`, `local_files_only`
@@ -87,6 +84,8 @@ def from_pretrained(
     refuse_arguments(device, arguments.pop("device_map", None), arguments)
     if pool not in _POOLS:
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
+    if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
+        raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
     model = open_model(path, dtype, arguments)
     size = size_cache(model, expert_cache, pool, policy, cache_scope)
     check_cache_fits(model, size, available_memory(ram_limit))
@@ -96,6 +95,7 @@ def from_pretrained(
         model, size, pool, policy, cache_scope, num_threads, progress
     )
     _bind_experts(streamed, model)
+    streamed.ram_limit = ram_limit
     streamed.requires_grad_(False)
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
 
@@ -105,13 +105,8 @@ def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict
     arguments = dict(model.model_arguments)
     ignore_mismatched = arguments.pop("ignore_mismatched_sizes", False)
     arguments.pop("output_loading_info", None)
-    model_class = streamed_model_class(
-        model.skeleton.model_class,
-        model.files.path,
-        model.skeleton.moe_layers,
-        model.skeleton.segment_shapes,
-    )
-    with _streamed_experts(model.skeleton.experts_class), _progress_bars(progress):
+    model_class = streamed_model_class(model.skeleton, model.files.path)
+    with _progress_bars(progress):
         streamed, info = model_class.from_pretrained(
             model.files.path,
             config=model.config,
@@ -138,24 +133,6 @@ def _check_loading_info(info: dict[str, Any], model: OpenedModel, ignore_mismatc
             f"{model.files.path}: tensor {name} has shape {list(found)}, and config.json asks "
             f"for {list(expected)}. Does config.json belong to these weights?"
         )
-
-
-@contextlib.contextmanager
-def _streamed_experts(experts_class: type[Any]) -> Iterator[None]:
-    """Within, transformers builds streamed experts in place of `experts_class`."""
-    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
-
-    name, streamed = experts_class.__name__, streamed_class(experts_class)
-    with _patch_lock:
-        register_patch_mapping({name: streamed})
-        try:
-            yield
-        finally:
-            unregister_patch_mapping([name])
-            # transformers leaves its modules patched when building the model fails.
-            for module_name, module in list(sys.modules.items()):
-                if module_name.startswith("transformers.") and vars(module).get(name) is streamed:
-                    setattr(module, name, experts_class)
 
 
 @contextlib.contextmanager

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from .cache_size import count_slots
+from ._core import RamPool
+from .cache_size import count_slots, slots_memory
 from .errors import UnsupportedModelError
-from .experts import StreamedExperts
+from .experts import StreamedExperts, streamed_class
+from .families import ModelSkeleton, model_class_lock
 from .memory import available_memory, check_ram
 
 
@@ -27,9 +30,16 @@ class StreamedModel:
     """
 
     expert_cache: Any = None  # the expertflow.cache.ExpertCache that all MoE layers share
+    experts_class: type[Any]  # in transformers
     expert_checkpoint: str = ""  # where the experts are read from
     expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
+    ram_limit: str | float | int | None = None  # as given to from_pretrained
     _serves_adapter = False  # state_dict() is called for the sake of an adapter
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Build the model as transformers does, with streamed experts."""
+        with _streamed_experts(self.experts_class):
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def set_expert_cache(
         self, expert_cache: str | float | int, *, policy: str = "", cache_scope: str = ""
@@ -44,9 +54,11 @@ class StreamedModel:
         num_slots = count_slots(
             expert_cache, old.slot_bytes, old.num_layers, old.num_experts, old.top_k, scope
         )
+        num_experts_total = old.num_layers * old.num_experts
+        ram_pool = isinstance(old.source, RamPool)
         check_ram(
-            num_slots * old.slot_bytes,
-            available_memory(),
+            slots_memory(num_slots, num_experts_total, old.slot_bytes, ram_pool, policy),
+            available_memory(self.ram_limit),
             f"an expert cache of {num_slots} experts",
             "Choose a smaller expert_cache.",
         )
@@ -145,17 +157,14 @@ class StreamedModel:
         )
 
 
-def streamed_model_class(
-    model_class: type[Any], path: str, expert_modules: Iterable[str], parameters: Iterable[str]
-) -> type[Any]:
+def streamed_model_class(skeleton: ModelSkeleton, path: str) -> type[Any]:
     """A subclass of a transformers model class for one model whose experts are streamed.
 
     It keeps the name of the class, by which transformers and peft know models, and does not
-    report the tensors of `expert_modules` as left over when a checkpoint is loaded. `path` is the
-    checkpoint and `parameters` are what an experts module has in transformers.
+    report the experts' tensors as left over when a checkpoint is loaded. `path` is the checkpoint.
     """
-    prefix = f"{model_class.base_model_prefix}."
-    modules = tuple(expert_modules)
+    model_class, modules = skeleton.model_class, skeleton.moe_layers
+    prefix = f"{skeleton.base_model_prefix}."
     names = "|".join(re.escape(name.removeprefix(prefix)) for name in modules)
     ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ())]
     ignored.append(rf"^(?:{re.escape(prefix)})?(?:{names})\.")
@@ -163,12 +172,29 @@ def streamed_model_class(
         "__module__": model_class.__module__,
         "__doc__": model_class.__doc__,
         "_keys_to_ignore_on_load_unexpected": ignored,
+        "experts_class": skeleton.experts_class,
         "expert_checkpoint": path,
         "expert_parameters": frozenset(
-            f"{module}.{name}" for module in modules for name in parameters
+            f"{module}.{name}" for module in modules for name in skeleton.segment_shapes
         ),
     }
     return type(model_class.__name__, (StreamedModel, model_class), attributes)
+
+
+@contextlib.contextmanager
+def _streamed_experts(experts_class: type[Any]) -> Iterator[None]:
+    """Within, transformers builds streamed experts in place of `experts_class`.
+
+    transformers.monkey_patching would do the same to every module of transformers that mentions
+    the class: that takes 0.4 s, and is not undone if building the model fails.
+    """
+    module, name = sys.modules[experts_class.__module__], experts_class.__name__
+    with model_class_lock:
+        setattr(module, name, streamed_class(experts_class))
+        try:
+            yield
+        finally:
+            setattr(module, name, experts_class)
 
 
 def _refuse_conversion(fn: Callable[..., Any], parameter: torch.Tensor) -> None:

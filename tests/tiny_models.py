@@ -162,6 +162,7 @@ def rewrite_tensors(path: Path, change: Any) -> None:
     file = Path(path) / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # none may share memory
     save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -1,7 +1,6 @@
 #include "core/planner.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -9,14 +8,9 @@
 #include "core/eviction/two_level_lru.h"
 
 namespace expertflow {
-namespace {
-
-double Log2ToQ24(double log2) { return log2 * (1 << DecayedFrequency::kFractionBits); }
-
-}  // namespace
 
 Planner::Planner(SlotTable& table, const PlannerConfig& config)
-    : table_(table.view()), config_(config) {
+    : table_(table.view()), config_(config), log2_table_(DecayedFrequency::MakeLog2Table()) {
   if (config.top_k <= 0 || config.top_k > table_.num_experts) {
     throw std::invalid_argument("top_k is " + std::to_string(config.top_k) + ", but a layer has " +
                                 std::to_string(table_.num_experts) + " experts");
@@ -30,13 +24,11 @@ Planner::Planner(SlotTable& table, const PlannerConfig& config)
     throw std::invalid_argument("decay must be in (0, 1], not " +
                                 std::to_string(config.decay_per_token));
   }
-  for (int32_t i = 0; i < DecayedFrequency::kTableSize; ++i) {
-    const double x = (i - DecayedFrequency::kTableHalf) / 16.0;
-    log2_table_[static_cast<size_t>(i)] =
-        static_cast<int32_t>(std::lround(Log2ToQ24(std::log2(1.0 + std::exp2(x)))));
-  }
-  const double decay_per_tick = Log2ToQ24(-std::log2(config.decay_per_token)) / table_.num_layers;
-  params_ = {table_.num_layers, std::llround(decay_per_tick), log2_table_.data()};
+  params_ = {
+      table_.num_layers,
+      DecayedFrequency::DecayPerTickQ24(config.decay_per_token, table_.num_layers),
+      log2_table_.data(),
+  };
   const auto num_experts = static_cast<size_t>(table_.num_experts);
   rows_.resize(num_experts);
   distinct_.reserve(num_experts);

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -104,8 +103,8 @@ class Planner {
 
   SlotTableView table_;
   PlannerConfig config_;
+  DecayedFrequency::Log2Table log2_table_;
   EvictionParams params_;
-  std::array<int32_t, DecayedFrequency::kTableSize> log2_table_;
   Plan plan_;
   std::vector<PlanRow> rows_;      // [num_experts], the plan's rows
   std::vector<int32_t> distinct_;  // [num_experts] the layer's experts in order of first appearance

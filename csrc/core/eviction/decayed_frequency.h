@@ -1,5 +1,9 @@
 #pragma once
 
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
 #include "core/eviction/policy.h"
 
 namespace expertflow {
@@ -18,6 +22,11 @@ struct DecayedFrequency {
   static constexpr int32_t kStepBits = 20;    // table step: 2^-4
   static constexpr int32_t kTableHalf = 256;  // the table covers x in [-16, 16]
   static constexpr int32_t kTableSize = 2 * kTableHalf + 1;
+  using Log2Table = std::array<int32_t, size_t{kTableSize}>;
+
+  // What `EvictionParams` holds for this policy.
+  static Log2Table MakeLog2Table();
+  static int64_t DecayPerTickQ24(double decay_per_token, Tick ticks_per_token);
 
   // log2(1 + 2^x), `x` and the result with 24 fraction bits.
   EXPERTFLOW_HD static int64_t Log2OnePlusExp2(const int32_t* table, int64_t x) {

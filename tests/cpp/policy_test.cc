@@ -1,0 +1,53 @@
+#include "core/eviction/policy.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+
+#include "core/eviction/two_level_lru.h"
+
+namespace expertflow {
+namespace {
+
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+TEST(PolicyTest, ParsesEveryName) {
+  EXPECT_EQ(ParsePolicy("lru"), PolicyKind::kLru);
+  EXPECT_EQ(ParsePolicy("decayed_frequency"), PolicyKind::kDecayedFrequency);
+  EXPECT_EQ(ParsePolicy("two_level_lru"), PolicyKind::kTwoLevelLru);
+  EXPECT_EQ(ParsePolicy("on_demand"), PolicyKind::kOnDemand);
+  EXPECT_EQ(ParseScope("global"), CacheScope::kGlobal);
+  EXPECT_EQ(ParseScope("layer"), CacheScope::kLayer);
+}
+
+TEST(PolicyTest, AnUnknownNameIsRefusedWithTheKnownOnes) {
+  EXPECT_THAT([] { ParsePolicy("LRU"); },
+              ThrowsMessage<std::invalid_argument>(
+                  AllOf(HasSubstr("'LRU'"), HasSubstr("lru, decayed_frequency, two_level_lru"))));
+  EXPECT_THAT([] { ParseScope("model"); }, ThrowsMessage<std::invalid_argument>(
+                                               AllOf(HasSubstr("'model'"), HasSubstr("global"))));
+  EXPECT_THROW(ParsePolicy(""), std::invalid_argument);
+}
+
+TEST(TwoLevelLruTest, ProtectsTheJustUsedAndThePredicted) {
+  SlotTable table(4, 2, 3);
+  const SlotTableView& view = table.view();
+  const EvictionParams params{4, 0, nullptr};
+  for (int32_t s = 0; s < 3; ++s) Assign(view, SlotId{s}, ExpertIndex{s});
+  view.slot_key[0] = 90;  // used long ago, predicted
+  view.slot_predicted[0] = 100;
+  view.slot_key[1] = 97;  // used within the last 4 ticks
+  view.slot_key[2] = 96;  // used just before that
+  const auto rank = [&](int32_t slot, Tick now) {
+    return TwoLevelLru::Rank(params, view, slot, now);
+  };
+  EXPECT_LT(rank(2, 100), rank(0, 100));
+  EXPECT_LT(rank(0, 100), rank(1, 100));
+  EXPECT_LT(rank(0, 101), rank(2, 101)) << "the prediction has expired";
+}
+
+}  // namespace
+}  // namespace expertflow

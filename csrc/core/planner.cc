@@ -74,7 +74,7 @@ const Plan* Planner::PlanLayer(int32_t layer, std::span<const int64_t> expert_id
   }
   int32_t num_taken = 0;
   if (num_rows > num_resident) {
-    num_taken = SelectVictims(layer, num_rows - num_resident, now);
+    num_taken = SelectVictims(layer, num_rows - num_resident, now, /*spare_predicted=*/false);
     if (plan_.streaming) num_taken = LimitToStaging(layer);
     if (num_taken == 0 && num_resident == 0) return nullptr;
     AppendRows(layer, RowState::kMiss);
@@ -118,16 +118,16 @@ int32_t Planner::AppendRows(int32_t layer, RowState state) {
   return static_cast<int32_t>(row - first);
 }
 
-int32_t Planner::SelectVictims(int32_t layer, int32_t count, Tick now) {
+int32_t Planner::SelectVictims(int32_t layer, int32_t count, Tick now, bool spare_predicted) {
   const SlotRange range = RangeOf(layer);
   switch (config_.policy) {
     case PolicyKind::kLru:
     case PolicyKind::kOnDemand:
-      return Scan<Lru>(range, count, now);
+      return Scan<Lru>(range, count, now, spare_predicted);
     case PolicyKind::kDecayedFrequency:
-      return Scan<DecayedFrequency>(range, count, now);
+      return Scan<DecayedFrequency>(range, count, now, spare_predicted);
     case PolicyKind::kTwoLevelLru:
-      return Scan<TwoLevelLru>(range, count, now);
+      return Scan<TwoLevelLru>(range, count, now, spare_predicted);
   }
   return 0;
 }
@@ -140,7 +140,7 @@ int32_t Planner::LimitToStaging(int32_t layer) const {
 }
 
 template <class Policy>
-int32_t Planner::Scan(SlotRange range, int32_t count, Tick now) {
+int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predicted) {
   constexpr int32_t kInsertionLimit = 16;
   candidates_.clear();
   const auto limit = static_cast<size_t>(count);
@@ -148,6 +148,7 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now) {
   for (int32_t s = range.begin; s < range.end; ++s) {
     if (table_.slot_key[s] >= worst) continue;  // most slots: a rank is never below its key
     if (InFlight(table_.slot_state[s]) || table_.slot_needed[s] == now) continue;
+    if (spare_predicted && table_.slot_predicted[s] >= now) continue;
     const int64_t rank = Policy::Rank(params_, table_, s, now);
     if (rank >= worst) continue;
     if (count > kInsertionLimit) {
@@ -196,7 +197,7 @@ void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
       row.slot = static_cast<SlotId>(candidates_[static_cast<size_t>(miss)].slot);
       AssignRow(row);
     } else {
-      const int32_t previous = num_taken > 0 || miss >= num_lanes ? r - num_lanes : miss;
+      const int32_t previous = r - num_lanes;
       row.slot = rows_[static_cast<size_t>(previous)].slot;
       rows_[static_cast<size_t>(previous)].next_row = r;
     }
@@ -232,17 +233,21 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
     predicted = std::max(predicted, needed_at);
     return SlotId::kNone;
   }
-  const int32_t num_found = SelectVictims(expert.layer, 1, now);
-  if (num_found == 0) return SlotId::kNone;
+  if (IsInPlan(expert)) return SlotId::kNone;
+  if (SelectVictims(expert.layer, 1, now, /*spare_predicted=*/true) == 0) return SlotId::kNone;
   const auto slot = static_cast<SlotId>(candidates_.front().slot);
   const int32_t s = Index(slot);
-  if (table_.slot_predicted[s] >= now) return SlotId::kNone;
   Evict(slot);
   Assign(table_, slot, index);
   table_.slot_key[s] = KeyOnUse(index, now);
   table_.slot_predicted[s] = needed_at;
   table_.slot_unused[s] = 1;
   return slot;
+}
+
+bool Planner::IsInPlan(ExpertId expert) const {
+  return expert.layer == plan_.layer &&
+         seen_by_[static_cast<size_t>(expert.expert)] == collections_;
 }
 
 void Planner::Evict(SlotId slot) {
@@ -259,11 +264,18 @@ void Planner::Submit(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::
 
 void Planner::Publish(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::kReady; }
 
-void Planner::Drop(SlotId slot) { Unassign(table_, slot); }
+void Planner::Drop(SlotId slot) {
+  // A row of the current plan whose transfer failed keeps its slot: a prefetch must not take it.
+  const Tick needed = table_.slot_needed[Index(slot)];
+  Unassign(table_, slot);
+  table_.slot_needed[Index(slot)] = needed;
+}
 
 void Planner::DropResidents() {
   for (int32_t s = 0; s < table_.num_slots; ++s) {
-    if (table_.slot_state[s] == SlotState::kReady) Unassign(table_, static_cast<SlotId>(s));
+    if (table_.slot_state[s] != SlotState::kReady) continue;
+    Evict(static_cast<SlotId>(s));
+    Unassign(table_, static_cast<SlotId>(s));
   }
 }
 

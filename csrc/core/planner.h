@@ -34,6 +34,9 @@ class Planner {
   // range.
   Planner(SlotTable& table, const PlannerConfig& config);
 
+  Planner(const Planner&) = delete;
+  Planner& operator=(const Planner&) = delete;
+
   // The smallest legal cache: one layer's top-k, in every layer if each has its own share.
   static int64_t MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope);
 
@@ -53,8 +56,9 @@ class Planner {
   int32_t Advance(int32_t row);
 
   // A slot for an expert that is foreseen to be needed until tick `needed_at`: assigned (kPosted,
-  // marked unused). SlotId::kNone if it is resident or in flight already, or no slot may be taken
-  // (current plan, in flight, or predicted itself).
+  // marked unused). SlotId::kNone if it is resident or in flight already, if the current plan needs
+  // it (its row may still wait for a slot), or if no slot may be taken (current plan, in flight, or
+  // predicted itself).
   SlotId PlanPrefetch(ExpertId expert, Tick now, Tick needed_at);
 
   // The transfer into `slot` has started; has ended and the expert is ready; failed or was dropped,
@@ -87,17 +91,19 @@ class Planner {
   void CollectDistinct(int32_t layer, std::span<const int64_t> expert_ids);
   int32_t AppendRows(int32_t layer, RowState state);
   // Fills `candidates_` with the `count` slots of the layer to take first, in order, and returns
-  // how many there are.
-  int32_t SelectVictims(int32_t layer, int32_t count, Tick now);
+  // how many there are. Never slots in flight or of the current plan, nor, if asked to, predicted
+  // ones.
+  int32_t SelectVictims(int32_t layer, int32_t count, Tick now, bool spare_predicted);
   // How many of `candidates_` a prompt may take: those that hold nothing of worth, or the staging
   // slots.
   int32_t LimitToStaging(int32_t layer) const;
   template <class Policy>
-  int32_t Scan(SlotRange range, int32_t count, Tick now);
+  int32_t Scan(SlotRange range, int32_t count, Tick now, bool spare_predicted);
   int64_t KeyOnUse(ExpertIndex expert, Tick now) const;
   void RecordUse(SlotId slot);
   void PlaceMisses(int32_t first_miss, int32_t num_taken);
   void AssignRow(PlanRow& row);
+  bool IsInPlan(ExpertId expert) const;
   void Evict(SlotId slot);
   void DropResidents();
 
@@ -110,7 +116,7 @@ class Planner {
   std::vector<int32_t> distinct_;  // [num_experts] the layer's experts in order of first appearance
   std::vector<int64_t>
       seen_by_;  // [num_experts] the `collections_` count when the expert was last seen
-  int64_t collections_ = 0;
+  int64_t collections_ = 1;
   std::vector<Candidate> candidates_;        // [num_slots]
   std::vector<LayerStatistics> statistics_;  // [num_layers]
 };

@@ -117,6 +117,9 @@ def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict
             **arguments,
         )
     _check_loading_info(info, model, ignore_mismatched)
+    # They may lie in the mapped file, and whoever cut that would kill the process.
+    for tensor in (*streamed.parameters(), *streamed.buffers()):
+        tensor.data = tensor.data.clone()
     return streamed, info
 
 

@@ -1,0 +1,221 @@
+"""What a streamed model can do beside generating, and what it refuses rather than do it wrong."""
+
+import copy
+import pickle
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+
+from expertflow import TransferError, UnsupportedModelError, from_pretrained
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*target_parameters=",
+    "ignore:.*(rank|alpha)_pattern keys",
+    "ignore:.*with PEFT for a second time",
+    "ignore:.*is_gradient_checkpointing",
+)
+PROMPT = torch.arange(2, 14).view(2, 6)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A Qwen2-MoE checkpoint: it has dense layers and shared experts beside the streamed ones."""
+    return tiny_models.make_checkpoint("qwen2_moe", tmp_path_factory.mktemp("qwen2_moe"))
+
+
+@pytest.fixture
+def model(path):
+    return from_pretrained(path, progress=False)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=PROMPT).logits
+
+
+def check_same(model, reference):
+    expected = logits(reference)
+    assert (logits(model) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def lora(path, tmp_path, **targets):
+    """A plain model with a random adapter, and where that adapter is saved."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    adapted = get_peft_model(plain, LoraConfig(init_lora_weights=False, **targets)).eval()
+    adapted.save_pretrained(tmp_path)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (lambda model: model.state_dict(), ["state_dict()", "experts"]),
+        (lambda model: model.save_pretrained("/nowhere"), ["save_pretrained()", "copy"]),
+        (lambda model: model.push_to_hub("org/model"), ["push_to_hub()", "copy"]),
+        (lambda model: model.train(), ["trained"]),
+        (copy.deepcopy, ["copied", "from_pretrained"]),
+        (copy.copy, ["copied", "from_pretrained"]),
+        (pickle.dumps, ["pickled", "from_pretrained"]),
+        (lambda model: torch.save(model, "/dev/null"), ["pickled"]),
+        (lambda model: model.to("cuda"), ["moved", "device="]),
+        (lambda model: model.cuda(), ["moved", "device="]),
+        (lambda model: model.to("meta"), ["from cpu to meta"]),
+        (lambda model: model.half(), ["torch.float32 to torch.float16", "dtype="]),
+        (lambda model: model.to(torch.bfloat16), ["torch.bfloat16"]),
+    ],
+)
+def test_method_that_would_leave_out_the_experts_is_refused(model, path, method, words):
+    with pytest.raises(UnsupportedModelError) as caught:
+        method(model)
+    for word in words:
+        assert word in str(caught.value)
+    if "copy" in words:
+        assert str(path) in str(caught.value)
+    check_same(model, AutoModelForCausalLM.from_pretrained(path))
+
+
+def test_methods_that_change_nothing_work(model):
+    assert model.to("cpu") is model
+    assert model.float() is model
+    assert model.eval() is model
+    assert model.train(False) is model
+    assert "StreamedQwen2MoeExperts" in repr(model)
+    assert type(model).__name__ == "Qwen2MoeForCausalLM"
+    assert "weight" in model.lm_head.state_dict()
+
+
+def test_training_through_the_experts_is_refused(model):
+    model.requires_grad_(True)
+    with pytest.raises(NotImplementedError, match="gradients"):
+        model(PROMPT, labels=PROMPT)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"do_sample": False}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}],
+    ids=["greedy", "beams", "sampling"],
+)
+def test_generate_agrees_with_transformers(model, path, arguments):
+    reference = AutoModelForCausalLM.from_pretrained(path)
+    mask = torch.ones_like(PROMPT)
+    mask[0, :2] = 0  # prompts of different lengths
+    texts = []
+    for each in (model, reference):
+        torch.manual_seed(3)
+        texts.append(each.generate(PROMPT, attention_mask=mask, max_new_tokens=12, **arguments))
+    assert torch.equal(*texts)
+
+
+def test_pipelines_take_the_model(model):
+    words = {str(token): token for token in range(tiny_models.VOCAB_SIZE)}
+    backend = Tokenizer(WordLevel(words, unk_token="0"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0")
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    (result,) = generator("5 6 7 8", max_new_tokens=4, do_sample=False, return_tensors=True)
+    expected = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=4, do_sample=False)
+    assert result["generated_token_ids"] == expected[0].tolist()
+
+
+def test_state_dict_of_a_part_has_no_experts(model):
+    names = model.model.state_dict().keys()
+    assert names and not any(".experts." in name for name in names)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}],
+    ids=["attention", "all-linear"],
+)
+def test_adapters_outside_the_experts_work(model, path, tmp_path, targets):
+    adapted = lora(path, tmp_path, **targets)
+    before = logits(model)
+    peft_model = PeftModel.from_pretrained(model, tmp_path)
+    check_same(peft_model, adapted)
+    assert (logits(peft_model) - before).abs().max() > 0.1
+    assert peft_model.generate(input_ids=PROMPT, max_new_tokens=3).shape == (2, 9)
+    peft_model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(path), tmp_path / "again"
+    )
+    check_same(again, adapted)
+    with pytest.raises(UnsupportedModelError, match="trained"):
+        peft_model.train()
+
+
+def test_adapters_load_through_transformers_too(model, path, tmp_path):
+    adapted = lora(path, tmp_path, target_modules=["q_proj", "v_proj"])
+    model.load_adapter(str(tmp_path))
+    check_same(model, adapted)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "again" / "model.safetensors").exists()
+    with pytest.raises(UnsupportedModelError, match="state_dict"):
+        model.state_dict()
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], None])
+def test_adapters_of_experts_are_refused(model, path, tmp_path, modules):
+    targets = {"target_modules": modules, "target_parameters": ["mlp.experts.gate_up_proj"]}
+    lora(path, tmp_path, **targets)
+    for attach in (
+        lambda: PeftModel.from_pretrained(model, tmp_path),
+        lambda: get_peft_model(model, LoraConfig(**targets)),
+        lambda: model.load_adapter(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"experts|target_parameters"):
+            attach()
+
+
+def test_adapters_that_peft_turns_into_adapters_of_experts_are_refused(tmp_path):
+    """Mixtral adapters from before transformers 5 name the experts' matrices w1, w2, w3."""
+    tiny_models.make_checkpoint("mixtral", tmp_path)
+    model = from_pretrained(tmp_path, progress=False)
+    with pytest.raises(UnsupportedModelError, match="experts"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj", "w1", "w2", "w3"]))
+
+
+# Faults while running
+
+
+def test_checkpoint_cut_while_running_is_named_and_can_be_repaired(tmp_path):
+    tiny_models.make_checkpoint("qwen2_moe", tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    model = from_pretrained(tmp_path, pool="file", progress=False)
+    expected = logits(model)
+    with file.open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(TransferError, match=str(file)):
+        logits(model)
+    with file.open("r+b") as stream:
+        stream.write(content)
+    assert torch.equal(logits(model), expected)
+
+
+def test_deleted_checkpoint_is_still_read(tmp_path):
+    tiny_models.make_checkpoint("qwen2_moe", tmp_path)
+    model = from_pretrained(tmp_path, pool="file", progress=False)
+    expected = logits(model)
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(logits(model), expected)
+
+
+def test_cache_can_be_replaced(model, path):
+    expected = logits(model)
+    for size, policy in (("100%", "lru"), (2 * model.expert_cache.slot_bytes, "on_demand")):
+        model.set_expert_cache(size, policy=policy)
+        assert model.expert_cache.policy == policy
+        assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="smallest legal"):
+        model.set_expert_cache(1)

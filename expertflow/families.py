@@ -35,7 +35,6 @@ class Family:
     """
 
     model_type: str  # of config.json
-    experts_class: str  # in transformers: the module that holds all experts of a layer
     per_expert: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _GATE_UP_DOWN)
     block_name: str = "mlp"  # what checkpoints call the module that transformers calls "mlp"
 
@@ -43,14 +42,14 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("mixtral", "MixtralExperts", _W1_W3_W2, block_name="block_sparse_moe"),
-        Family("qwen2_moe", "Qwen2MoeExperts"),
-        Family("qwen3_moe", "Qwen3MoeExperts"),
-        Family("olmoe", "OlmoeExperts"),
-        Family("deepseek_v2", "DeepseekV2Experts"),
-        Family("deepseek_v3", "DeepseekV3Experts"),
-        Family("glm4_moe", "Glm4MoeExperts"),
-        Family("gpt_oss", "GptOssExperts", per_expert={}),
+        Family("mixtral", _W1_W3_W2, block_name="block_sparse_moe"),
+        Family("qwen2_moe"),
+        Family("qwen3_moe"),
+        Family("olmoe"),
+        Family("deepseek_v2"),
+        Family("deepseek_v3"),
+        Family("glm4_moe"),
+        Family("gpt_oss", per_expert={}),
     )
 }
 
@@ -87,7 +86,7 @@ class ModelSkeleton:
     """What transformers builds from a config: modules and shapes, without any weights."""
 
     model_class: type[Any]
-    experts_class: type[Any]
+    experts_class: type[Any]  # in transformers: the module that holds all experts of a layer
     base_model_prefix: str  # "model": checkpoints of the base model leave it out
     num_layers: int  # all of them, dense ones included
     moe_layers: tuple[str, ...]  # module names of the experts modules; the index is the MoE layer
@@ -114,9 +113,7 @@ def build_skeleton(config: Any, family: Family, path: str) -> ModelSkeleton:
     with model_class_lock, torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     experts = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).__name__ == family.experts_class
+        name: module for name, module in model.named_modules() if name.endswith(".mlp.experts")
     }
     if not experts:
         raise UnsupportedModelError(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
 namespace expertflow {
 
@@ -26,13 +27,15 @@ void TransferQueue::Post(SlotId slot, ExpertIndex expert, size_t num_bytes,
   posted.needed_at = needed_at;
   posted.sequence = next_sequence_++;
   posted.num_bytes = num_bytes;
-  queued_.push_back(slot);
+  Enqueue(slot);
 }
 
 void TransferQueue::Promote(SlotId slot, Tick needed_at) {
   Transfer& promoted = transfer(slot);
   promoted.transfer_class = TransferClass::kDemand;
   promoted.needed_at = needed_at;
+  promoted.restarts = promoted.failed;
+  if (promoted.place != kNotQueued) Restore(static_cast<size_t>(promoted.place));
 }
 
 bool TransferQueue::Cancel(SlotId slot) {
@@ -46,8 +49,7 @@ bool TransferQueue::Cancel(SlotId slot) {
 
 std::optional<Chunk> TransferQueue::Next() {
   if (queued_.empty() || chunks_in_flight_ >= max_chunks_in_flight_) return std::nullopt;
-  const SlotId slot =
-      *std::ranges::min_element(queued_, [this](SlotId a, SlotId b) { return Precedes(a, b); });
+  const SlotId slot = queued_.front();
   Transfer& next = transfer(slot);
   const size_t num_bytes = std::min(chunk_bytes_, next.num_bytes - next.next_offset);
   const Chunk chunk{slot, next.expert, next.next_offset, num_bytes};
@@ -62,16 +64,24 @@ TransferStatus TransferQueue::Finish(const Chunk& chunk, bool succeeded) {
   Transfer& finished = transfer(chunk.slot);
   --chunks_in_flight_;
   --finished.chunks_out;
-  if (!succeeded && !finished.failed) {
+  if (succeeded) {
+    finished.copied_bytes += chunk.num_bytes;
+  } else if (!finished.failed) {
     finished.failed = true;
     RemoveQueued(chunk.slot);
   }
   const bool is_over =
       finished.cancelled || finished.failed || finished.next_offset == finished.num_bytes;
   if (finished.chunks_out > 0 || !is_over) return TransferStatus::kInFlight;
+  if (finished.restarts && !finished.cancelled) {
+    finished.failed = finished.restarts = false;
+    finished.next_offset = 0;
+    Enqueue(chunk.slot);
+    return TransferStatus::kInFlight;
+  }
   finished.expert = ExpertIndex::kNone;
-  if (finished.failed) return TransferStatus::kFailed;
-  return finished.cancelled ? TransferStatus::kDropped : TransferStatus::kDone;
+  if (finished.cancelled) return TransferStatus::kDropped;
+  return finished.failed ? TransferStatus::kFailed : TransferStatus::kDone;
 }
 
 size_t TransferQueue::queued_bytes() const {
@@ -88,11 +98,40 @@ bool TransferQueue::Precedes(SlotId a, SlotId b) const {
   return order(a) < order(b);
 }
 
+void TransferQueue::Enqueue(SlotId slot) {
+  queued_.push_back(slot);
+  Restore(queued_.size() - 1);
+}
+
 void TransferQueue::RemoveQueued(SlotId slot) {
-  const auto at = std::ranges::find(queued_, slot);
-  if (at == queued_.end()) return;
-  *at = queued_.back();
+  const int32_t place = std::exchange(transfer(slot).place, kNotQueued);
+  if (place == kNotQueued) return;
+  const SlotId last = queued_.back();
   queued_.pop_back();
+  if (last == slot) return;
+  queued_[static_cast<size_t>(place)] = last;
+  Restore(static_cast<size_t>(place));
+}
+
+void TransferQueue::Place(size_t place, SlotId slot) {
+  queued_[place] = slot;
+  transfer(slot).place = static_cast<int32_t>(place);
+}
+
+void TransferQueue::Restore(size_t place) {
+  const SlotId slot = queued_[place];
+  for (; place > 0; place = (place - 1) / 2) {
+    const SlotId parent = queued_[(place - 1) / 2];
+    if (!Precedes(slot, parent)) break;
+    Place(place, parent);
+  }
+  for (size_t child = 2 * place + 1; child < queued_.size(); child = 2 * place + 1) {
+    if (child + 1 < queued_.size() && Precedes(queued_[child + 1], queued_[child])) ++child;
+    if (!Precedes(queued_[child], slot)) break;
+    Place(place, queued_[child]);
+    place = child;
+  }
+  Place(place, slot);
 }
 
 }  // namespace expertflow

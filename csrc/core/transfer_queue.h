@@ -41,11 +41,12 @@ class TransferQueue {
   void Post(SlotId slot, ExpertIndex expert, size_t num_bytes, TransferClass transfer_class,
             Tick needed_at);
 
-  // A queued or running prefetch has become a demand.
+  // A queued or running transfer has become a demand. If a chunk of it has failed already, it
+  // starts anew once its other chunks have ended, instead of failing.
   void Promote(SlotId slot, Tick needed_at);
 
   // Takes a transfer back. True: it is gone. False: chunks of it are out; Finish will report
-  // kDropped for the last.
+  // kDropped for the last, whether they fail or not.
   bool Cancel(SlotId slot);
 
   // The next chunk to copy, or nothing if there is none or the limit is reached.
@@ -56,8 +57,8 @@ class TransferQueue {
   TransferStatus Finish(const Chunk& chunk, bool succeeded);
 
   bool IsIdle(SlotId slot) const { return transfer(slot).expert == ExpertIndex::kNone; }
-  // Of the slot's transfer, or of its last one if it is idle.
-  size_t handed_out_bytes(SlotId slot) const { return transfer(slot).next_offset; }
+  // Of the slot's transfer, or of its last one if it is idle; all that were copied, also in vain.
+  size_t copied_bytes(SlotId slot) const { return transfer(slot).copied_bytes; }
   bool IsPrefetch(SlotId slot) const {
     return transfer(slot).transfer_class == TransferClass::kPrefetch;
   }
@@ -70,27 +71,35 @@ class TransferQueue {
     TransferClass transfer_class = TransferClass::kDemand;
     bool cancelled = false;
     bool failed = false;
+    bool restarts = false;  // once its last chunk has ended: it failed, then was promoted
     int32_t chunks_out = 0;
+    int32_t place = kNotQueued;  // in queued_
     Tick needed_at = 0;
     int64_t sequence = 0;
     size_t num_bytes = 0;
     size_t next_offset = 0;
+    size_t copied_bytes = 0;
   };
+
+  static constexpr int32_t kNotQueued = -1;
 
   Transfer& transfer(SlotId slot) { return transfers_[static_cast<size_t>(Index(slot))]; }
   const Transfer& transfer(SlotId slot) const {
     return transfers_[static_cast<size_t>(Index(slot))];
   }
   bool Precedes(SlotId a, SlotId b) const;
+  void Enqueue(SlotId slot);
   void RemoveQueued(SlotId slot);
+  void Place(size_t place, SlotId slot);
+  // Moves the transfer at `place`, whose rank may have changed, to where it belongs in the heap.
+  void Restore(size_t place);
 
   size_t chunk_bytes_;
   int32_t max_chunks_in_flight_;
   int32_t chunks_in_flight_ = 0;
   int64_t next_sequence_ = 0;
   std::vector<Transfer> transfers_;  // [num_slots]
-  std::vector<SlotId>
-      queued_;  // transfers with bytes to hand out; few, so the next is found by a scan
+  std::vector<SlotId> queued_;       // transfers with bytes to hand out, a heap: the next one first
 };
 
 }  // namespace expertflow

@@ -194,7 +194,7 @@ void ExpertCache::FinishChunk(const Chunk& chunk, bool is_prefetch, const std::s
 void ExpertCache::DropTransfer(SlotId slot, int32_t layer) {
   if (table_.view().slot_unused[Index(slot)]) {
     planner_.statistics(layer).wasted_prefetch_bytes +=
-        static_cast<int64_t>(queue_.handed_out_bytes(slot));
+        static_cast<int64_t>(queue_.copied_bytes(slot));
   }
   planner_.Drop(slot);
 }

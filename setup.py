@@ -22,6 +22,8 @@ class CMakeBuild(build_ext):
         editable = bool(self.inplace)
         package = ROOT / "expertflow" if editable else Path(self.build_lib).resolve() / "expertflow"
         build = ROOT / "build" / "dev" if editable else Path(self.build_temp).resolve()
+        # The tools of this environment count, whether or not it was activated.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         # --fresh: the cache of an earlier build may name an isolated environment that is gone.
         configure = ["cmake", "--fresh", "-S", ROOT, "-B", build]
         configure += ["-G", "Ninja"] if shutil.which("ninja") else []

@@ -39,6 +39,6 @@ check_import "$work/isolated"
 
 echo "== pip install --no-build-isolation of a checkout"
 fresh_environment "$work/direct"
-PATH="$root/.venv/bin:$PATH" "$work/direct/bin/python" -m pip install --quiet \
-  --no-build-isolation "$work/checkout"
+"$work/direct/bin/python" -m pip install --quiet "setuptools>=77" cmake ninja pybind11
+"$work/direct/bin/python" -m pip install --quiet --no-build-isolation "$work/checkout"
 check_import "$work/direct"

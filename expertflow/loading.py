@@ -187,7 +187,7 @@ def _filled_pool(
     from tqdm.auto import tqdm
 
     pool = RamPool(model.layout, model.skeleton.num_experts_total)
-    fill = pool.start_fill(source, num_threads or min(os.cpu_count() or 1, 8))
+    fill = pool.start_fill(source, num_threads or min(len(os.sched_getaffinity(0)), 8))
     try:
         with tqdm(
             total=fill.bytes_total,

@@ -94,7 +94,7 @@ INSTANTIATE_TEST_SUITE_P(
                PolicyKind::kDecayedFrequency,
                CacheScope::kGlobal,
                6,
-               {848, 352, 346}},
+               {803, 397, 391}},
         Golden{"DecayedPerLayer",
                PolicyKind::kDecayedFrequency,
                CacheScope::kLayer,

@@ -44,9 +44,14 @@ struct DecayedFrequency {
     return growth + Log2OnePlusExp2(params.log2_1p_exp2_q24, key - growth);
   }
 
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotTableView& table, int32_t slot,
-                                    Tick) {
-    return table.slot_key[slot];
+  // Protects what the last token used: else, in a table that all layers share, an expert that was
+  // just fetched has the lowest frequency of all and would lose its slot to the next layer before
+  // it could be used again.
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotTableView& table,
+                                    int32_t slot, Tick now) {
+    const int64_t key = table.slot_key[slot];
+    const bool just_used = key >= 0 && table.slot_needed[slot] > now - params.ticks_per_token;
+    return just_used ? key + kProtected : key;
   }
 };
 

@@ -25,6 +25,9 @@ struct EvictionParams {
   const int32_t* log2_1p_exp2_q24;  // see eviction/decayed_frequency.h
 };
 
+// Added to the rank of a slot that goes only after all that are not protected.
+constexpr int64_t kProtected = int64_t{1} << 62;
+
 // A policy is two functions, for host and device alike:
 //   KeyOnUse  the key of an expert that is used at tick `now`, given its `expert_key` before; it is
 //             not negative

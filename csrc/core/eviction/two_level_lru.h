@@ -7,8 +7,6 @@ namespace expertflow {
 // The paper's two-level LRU: experts used within the last token, or predicted inside the current
 // horizon, are protected; the others go first. Each level is an LRU of its own.
 struct TwoLevelLru {
-  static constexpr int64_t kProtected = int64_t{1} << 62;
-
   EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams&, int64_t, Tick now) { return now; }
   EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotTableView& table,
                                     int32_t slot, Tick now) {

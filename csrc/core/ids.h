@@ -1,6 +1,8 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "core/host_device.h"
 
@@ -25,6 +27,13 @@ using Tick = int64_t;
 template <class Id>
 EXPERTFLOW_HD constexpr int32_t Index(Id id) {
   return static_cast<int32_t>(id);
+}
+
+// A number from outside, such as an expert id. What does not fit stays out of range instead of
+// becoming the id of another expert.
+constexpr int32_t Saturated(int64_t value) {
+  using Limits = std::numeric_limits<int32_t>;
+  return static_cast<int32_t>(std::clamp<int64_t>(value, Limits::min(), Limits::max()));
 }
 
 }  // namespace expertflow

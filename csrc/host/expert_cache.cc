@@ -132,7 +132,7 @@ int32_t ExpertCache::Prefetch(int32_t layer, std::span<const int64_t> expert_ids
   const Tick needed_at = now_ + distance;
   int32_t num_posted = 0;
   for (const int64_t expert : expert_ids) {
-    const ExpertId id{layer, static_cast<int32_t>(expert)};
+    const ExpertId id{layer, Saturated(expert)};
     const SlotId slot = planner_.PlanPrefetch(id, now_, needed_at);
     if (slot == SlotId::kNone) continue;
     failures_[static_cast<size_t>(Index(slot))].clear();

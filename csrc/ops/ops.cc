@@ -46,8 +46,9 @@ std::span<const int64_t> Values(const Tensor& tensor) {
 Tensor PlanOp(Tensor cache, Tensor expert_ids, int64_t layer) {
   CheckInt64Cpu(expert_ids, "expert_ids");
   if (expert_ids.dim() != 2) throw std::invalid_argument("expert_ids must have shape [tokens, k]");
-  const Plan& plan = Unwrap(cache)->BeginLayer(static_cast<int32_t>(layer), Values(expert_ids),
-                                               static_cast<int32_t>(expert_ids.size(0)));
+  const std::shared_ptr<ExpertCache> owner = Unwrap(cache);
+  const Plan& plan =
+      owner->BeginLayer(Saturated(layer), Values(expert_ids), Saturated(expert_ids.size(0)));
   constexpr int64_t kColumns = 5;
   Tensor rows =
       torch::stable::new_empty(expert_ids, {static_cast<int64_t>(plan.rows.size()), kColumns});
@@ -61,14 +62,13 @@ Tensor PlanOp(Tensor cache, Tensor expert_ids, int64_t layer) {
   return rows;
 }
 
-void WaitOp(Tensor cache, int64_t row) { Unwrap(cache)->Wait(static_cast<int32_t>(row)); }
+void WaitOp(Tensor cache, int64_t row) { Unwrap(cache)->Wait(Saturated(row)); }
 
-void ReleaseOp(Tensor cache, int64_t row) { Unwrap(cache)->Release(static_cast<int32_t>(row)); }
+void ReleaseOp(Tensor cache, int64_t row) { Unwrap(cache)->Release(Saturated(row)); }
 
 void PrefetchOp(Tensor cache, Tensor expert_ids, int64_t layer, int64_t distance) {
   CheckInt64Cpu(expert_ids, "expert_ids");
-  Unwrap(cache)->Prefetch(static_cast<int32_t>(layer), Values(expert_ids),
-                          static_cast<int32_t>(distance));
+  Unwrap(cache)->Prefetch(Saturated(layer), Values(expert_ids), Saturated(distance));
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 """Tokens per second on the CPU, beside accelerate's disk_offload and plain transformers.
 
 A random-weight Qwen3-MoE checkpoint with more than 4 GiB of experts is made once. Every system
-continues the same prompt greedily, in the same dtype, with the same threads; rounds go through the
-systems in turn; a cold run starts with the page cache emptied of all files that it reads.
+continues the same prompt, in the same dtype, with the same threads and the same random numbers, so
+that near-uniform routing gives the cache no help; rounds go through the systems in turn; a cold run starts with the page cache emptied of all files that it reads.
 
     python bench/disk_offload_bench.py [--dir DIR] [--rounds N] [--new-tokens N]
 """
@@ -69,9 +69,14 @@ def drop_page_cache(*directories: Path) -> None:
 
 def generate(model: torch.nn.Module, new_tokens: int) -> float:
     """Tokens per second from the prompt to the last token."""
+    torch.manual_seed(new_tokens)
     begin = time.perf_counter()
     output = model.generate(
-        PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=new_tokens, do_sample=False
+        PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        max_new_tokens=new_tokens,
+        do_sample=True,  # greedy decoding of random weights repeats one token, and its experts
+        top_k=0,
     )
     seconds = time.perf_counter() - begin
     assert output.shape[1] == PROMPT.shape[1] + new_tokens

@@ -4,7 +4,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +100,39 @@ class ExpertCache:
         # Held while a layer is computed: its slots must not change hands.
         self.lock = threading.RLock()
         _open_caches[self._core.handle] = self
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], top_k: int, *, num_slots: int, **options: Any
+    ) -> "ExpertCache":
+        """Return a cache over a RAM pool with a copy of `tensors`, for models of your own.
+
+        Args:
+            tensors: by role, each [layers, experts, ...], e.g. "gate_up_proj" and "down_proj".
+            top_k: experts a token is routed to.
+            num_slots: experts the cache holds.
+            **options: as for the class.
+        """
+        leading = {tuple(tensor.shape[:2]) for tensor in tensors.values()}
+        if len(leading) != 1 or any(tensor.dim() < 3 for tensor in tensors.values()):
+            raise ValueError("all tensors must be [layers, experts, ...], with the same of both")
+        num_layers, num_experts = leading.pop()
+        shapes = {role: tuple(tensor.shape[2:]) for role, tensor in tensors.items()}
+        layout = _core.ExpertLayout(
+            [
+                (role, str(tensor.dtype).removeprefix("torch."), math.prod(shapes[role]))
+                for role, tensor in tensors.items()
+            ]
+        )
+        pool = _core.RamPool(layout, num_layers * num_experts)
+        for expert in range(num_layers * num_experts):
+            memory = torch.from_numpy(pool.expert_memory(expert))
+            for role, _, offset, num_bytes in layout.segments:
+                source = tensors[role].flatten(0, 1)[expert].contiguous()
+                memory[offset : offset + num_bytes] = source.flatten().view(torch.uint8)
+        return cls(
+            pool, layout, shapes, num_layers, num_experts, top_k, num_slots=num_slots, **options
+        )
 
     def resized(self, num_slots: int, policy: str, scope: str) -> "ExpertCache":
         """Return an empty cache of another size or policy over the same source."""

@@ -119,6 +119,14 @@ py::array_t<uint8_t> SlotMemory(std::shared_ptr<RegisteredCache> cache, int32_t 
   return py::array_t<uint8_t>(num_bytes, data, py::cast(cache));
 }
 
+// One expert of a pool as a uint8 array to fill, without a copy; it keeps the pool alive.
+py::array_t<uint8_t> PoolMemory(std::shared_ptr<RamPool> pool, size_t expert) {
+  if (expert >= pool->num_experts()) throw py::index_error("no such expert");
+  const auto index = static_cast<ExpertIndex>(expert);
+  const auto* data = reinterpret_cast<const uint8_t*>(pool->expert_data(index));
+  return py::array_t<uint8_t>(static_cast<py::ssize_t>(pool->expert_bytes()), data, py::cast(pool));
+}
+
 py::dict BuildInfo() {
   py::dict info;
   info["version"] = build_info::kVersion;
@@ -173,6 +181,7 @@ void DefineSources(py::module_& m) {
   py::class_<RamPool, ExpertSource, std::shared_ptr<RamPool>>(m, "RamPool")
       .def(py::init<const ExpertLayout&, size_t>(), py::arg("layout"), py::arg("num_experts"))
       .def_property_readonly("num_bytes", &RamPool::num_bytes)
+      .def("expert_memory", &PoolMemory, py::arg("expert"))
       .def(
           "start_fill",
           [](std::shared_ptr<RamPool> pool, std::shared_ptr<CheckpointSource> source,

@@ -16,11 +16,11 @@
 #include "core/errors.h"
 #include "core/expert_layout.h"
 #include "core/planner.h"
-#include "expertflow_build_info.h"
 #include "host/cache_registry.h"
 #include "host/checkpoint_source.h"
 #include "host/expert_cache.h"
 #include "host/ram_pool.h"
+#include "python/build_info.h"
 
 namespace py = pybind11;
 
@@ -125,18 +125,6 @@ py::array_t<uint8_t> PoolMemory(std::shared_ptr<RamPool> pool, size_t expert) {
   const auto index = static_cast<ExpertIndex>(expert);
   const auto* data = reinterpret_cast<const uint8_t*>(pool->expert_data(index));
   return py::array_t<uint8_t>(static_cast<py::ssize_t>(pool->expert_bytes()), data, py::cast(pool));
-}
-
-py::dict BuildInfo() {
-  py::dict info;
-  info["version"] = build_info::kVersion;
-  info["compiler"] = build_info::kCompiler;
-  info["build_type"] = build_info::kBuildType;
-  info["torch_version"] = build_info::kTorchVersion;
-  info["cuda_compiler"] = build_info::kCudaCompiler;
-  info["cuda_architectures"] = build_info::kCudaArchitectures;
-  info["cuda_missing_reason"] = build_info::kCudaMissingReason;
-  return info;
 }
 
 void TranslateSystemError(std::exception_ptr error) {

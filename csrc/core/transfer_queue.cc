@@ -34,7 +34,7 @@ void TransferQueue::Promote(SlotId slot, Tick needed_at) {
   Transfer& promoted = transfer(slot);
   promoted.transfer_class = TransferClass::kDemand;
   promoted.needed_at = needed_at;
-  promoted.restarts = promoted.failed;
+  promoted.restarts = promoted.chunks_out > 0;
   if (promoted.place != kNotQueued) Restore(static_cast<size_t>(promoted.place));
 }
 
@@ -48,7 +48,7 @@ bool TransferQueue::Cancel(SlotId slot) {
 }
 
 std::optional<Chunk> TransferQueue::Next() {
-  if (queued_.empty() || chunks_in_flight_ >= max_chunks_in_flight_) return std::nullopt;
+  if (!HasNext()) return std::nullopt;
   const SlotId slot = queued_.front();
   Transfer& next = transfer(slot);
   const size_t num_bytes = std::min(chunk_bytes_, next.num_bytes - next.next_offset);
@@ -73,7 +73,7 @@ TransferStatus TransferQueue::Finish(const Chunk& chunk, bool succeeded) {
   const bool is_over =
       finished.cancelled || finished.failed || finished.next_offset == finished.num_bytes;
   if (finished.chunks_out > 0 || !is_over) return TransferStatus::kInFlight;
-  if (finished.restarts && !finished.cancelled) {
+  if (finished.failed && finished.restarts && !finished.cancelled) {
     finished.failed = finished.restarts = false;
     finished.next_offset = 0;
     Enqueue(chunk.slot);

@@ -41,13 +41,16 @@ class TransferQueue {
   void Post(SlotId slot, ExpertIndex expert, size_t num_bytes, TransferClass transfer_class,
             Tick needed_at);
 
-  // A queued or running transfer has become a demand. If a chunk of it has failed already, it
-  // starts anew once its other chunks have ended, instead of failing.
+  // A queued or running transfer has become a demand. If one of the chunks that were out before
+  // fails, or has failed already, the transfer starts anew once: nobody was to see that failure.
   void Promote(SlotId slot, Tick needed_at);
 
   // Takes a transfer back. True: it is gone. False: chunks of it are out; Finish will report
   // kDropped for the last, whether they fail or not.
   bool Cancel(SlotId slot);
+
+  bool HasNext() const { return !queued_.empty() && chunks_in_flight_ < max_chunks_in_flight_; }
+  bool NextIsDemand() const { return HasNext() && !IsPrefetch(queued_.front()); }
 
   // The next chunk to copy, or nothing if there is none or the limit is reached.
   std::optional<Chunk> Next();
@@ -71,7 +74,7 @@ class TransferQueue {
     TransferClass transfer_class = TransferClass::kDemand;
     bool cancelled = false;
     bool failed = false;
-    bool restarts = false;  // once its last chunk has ended: it failed, then was promoted
+    bool restarts = false;  // instead of failing, once: it was promoted while chunks were out
     int32_t chunks_out = 0;
     int32_t place = kNotQueued;  // in queued_
     Tick needed_at = 0;

@@ -35,7 +35,7 @@ class ReferenceQueue {
     Transfer& transfer = transfers_.at(slot);
     transfer.transfer_class = TransferClass::kDemand;
     transfer.needed_at = needed_at;
-    transfer.restarts = transfer.failed;
+    transfer.restarts = transfer.chunks_out > 0;
   }
 
   bool Cancel(SlotId slot) {

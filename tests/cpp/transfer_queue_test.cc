@@ -110,18 +110,29 @@ TEST(TransferQueueTest, AFailureEndsWithTheLastChunkThatIsOut) {
   EXPECT_TRUE(queue.IsIdle(kA));
 }
 
-// The caller that needs it now did not see the failure, so it must not pay for it.
-TEST(TransferQueueTest, ATransferThatFailedIsTriedAgainIfPromoted) {
+// The failure belongs to the prefetch: whoever needs the expert now must not pay for it.
+TEST(TransferQueueTest, AChunkFromBeforeThePromotionMayFail) {
+  for (const bool fails_before : {true, false}) {
+    TransferQueue queue(1, 100, 2);
+    queue.Post(kA, kExpert, 200, kPrefetch, 1);
+    const Chunk first = *queue.Next(), second = *queue.Next();
+    if (fails_before) queue.Finish(first, false);
+    queue.Promote(kA, 1);
+    if (!fails_before) queue.Finish(first, false);
+    EXPECT_FALSE(queue.Next().has_value()) << "a chunk of the first try is still being written";
+    EXPECT_EQ(queue.Finish(second, true), TransferStatus::kInFlight);
+    EXPECT_EQ(queue.Finish(*queue.Next(), true), TransferStatus::kInFlight);
+    const std::optional<Chunk> last = queue.Next();
+    EXPECT_EQ(last->offset_bytes, 100U);
+    EXPECT_EQ(queue.Finish(*last, false), TransferStatus::kFailed) << "but only once";
+  }
+}
+
+TEST(TransferQueueTest, AChunkFromAfterThePromotionMustNotFail) {
   TransferQueue queue(1, 100, 2);
   queue.Post(kA, kExpert, 200, kPrefetch, 1);
-  const Chunk first = *queue.Next(), second = *queue.Next();
-  queue.Finish(first, false);
   queue.Promote(kA, 1);
-  EXPECT_EQ(queue.Finish(second, true), TransferStatus::kInFlight);
-  EXPECT_EQ(queue.Finish(*queue.Next(), true), TransferStatus::kInFlight);
-  const std::optional<Chunk> last = queue.Next();
-  EXPECT_EQ(last->offset_bytes, 100U);
-  EXPECT_EQ(queue.Finish(*last, false), TransferStatus::kFailed) << "but only once";
+  EXPECT_EQ(queue.Finish(*queue.Next(), false), TransferStatus::kFailed);
 }
 
 }  // namespace

@@ -74,19 +74,41 @@ void CheckpointSource::CheckExtents() const {
       throw std::invalid_argument("an extent lies in file " + std::to_string(extent.file) + " of " +
                                   std::to_string(files_.size()));
     }
-    const size_t num_bytes = extent.num_elements * ElementBytes(extent.file_dtype);
-    if (extent.file_offset_bytes + num_bytes > file_bytes[extent.file]) {
-      throw std::invalid_argument(files_[extent.file].path() + " has " +
-                                  std::to_string(file_bytes[extent.file]) +
-                                  " bytes, but an expert ends at byte " +
-                                  std::to_string(extent.file_offset_bytes + num_bytes));
-    }
-    const Segment& segment = layout_.SegmentAt(extent.slot_offset_bytes);
-    if (extent.slot_offset_bytes + extent.num_elements * ElementBytes(segment.dtype) >
-        segment.offset_bytes + segment.num_bytes) {
-      throw std::invalid_argument("an extent is longer than segment '" + segment.role + "'");
+    const size_t num_bytes = file_bytes[extent.file];
+    const size_t offset = std::min(extent.file_offset_bytes, num_bytes);
+    if (extent.num_elements > (num_bytes - offset) / ElementBytes(extent.file_dtype)) {
+      throw std::invalid_argument(files_[extent.file].path() + " has " + std::to_string(num_bytes) +
+                                  " bytes, but an expert has " +
+                                  std::to_string(extent.num_elements) + " elements from byte " +
+                                  std::to_string(extent.file_offset_bytes) + " on");
     }
   }
+  for (size_t expert = 0; expert < num_experts(); ++expert) CheckCoverage(expert);
+}
+
+// A gap would leave whatever the slot held before, an overlap hides a wrong offset.
+void CheckpointSource::CheckCoverage(size_t expert) const {
+  const auto fail = [&](const Segment& segment) {
+    throw std::invalid_argument("the extents of expert " + std::to_string(expert) +
+                                " do not fill segment '" + segment.role + "' in order");
+  };
+  auto segment = layout_.segments().begin();
+  size_t filled_bytes = 0;  // of `segment`
+  for (size_t i = 0; i < extents_per_expert_; ++i) {
+    const Extent& extent = extents_[expert * extents_per_expert_ + i];
+    if (segment == layout_.segments().end()) fail(layout_.segments().back());
+    const size_t element_bytes = ElementBytes(segment->dtype);
+    if (extent.slot_offset_bytes != segment->offset_bytes + filled_bytes ||
+        extent.num_elements > (segment->num_bytes - filled_bytes) / element_bytes) {
+      fail(*segment);
+    }
+    filled_bytes += extent.num_elements * element_bytes;
+    if (filled_bytes == segment->num_bytes) {
+      ++segment;
+      filled_bytes = 0;
+    }
+  }
+  if (segment != layout_.segments().end()) fail(*segment);
 }
 
 void CheckpointSource::Read(ExpertIndex expert, size_t offset_bytes,

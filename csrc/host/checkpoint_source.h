@@ -45,19 +45,23 @@ class InputFile {
 // cut is an error.
 class CheckpointSource : public ExpertSource {
  public:
-  // `extents` [num_experts * extents_per_expert], those of one expert in ascending slot offset.
+  // `extents` [num_experts * extents_per_expert], those of one expert in ascending slot offset,
+  // without gaps but for the padding between segments, which is never written.
   // Elements are converted to the dtype of their segment. Throws std::system_error for a file that
-  // cannot be opened, std::invalid_argument for an extent that leaves its file or its segment.
+  // cannot be opened, std::invalid_argument for an extent that leaves its file and for extents that
+  // do not fill every segment of an expert exactly.
   CheckpointSource(std::vector<std::string> paths, ExpertLayout layout, std::vector<Extent> extents,
                    size_t extents_per_expert);
 
   void Read(ExpertIndex expert, size_t offset_bytes, std::span<std::byte> to) const override;
 
   const ExpertLayout& layout() const { return layout_; }
-  size_t num_experts() const { return extents_.size() / extents_per_expert_; }
+  size_t num_experts() const override { return extents_.size() / extents_per_expert_; }
+  size_t expert_bytes() const override { return layout_.slot_bytes(); }
 
  private:
   void CheckExtents() const;
+  void CheckCoverage(size_t expert) const;
   void ReadConverted(const Extent& extent, DType to_dtype, size_t first_element,
                      std::span<std::byte> to) const;
 

@@ -20,7 +20,14 @@ PoolFill::PoolFill(std::shared_ptr<RamPool> pool, std::shared_ptr<const ExpertSo
                    int32_t num_threads)
     : pool_(std::move(pool)), source_(std::move(source)), threads_running_(num_threads) {
   if (num_threads <= 0) throw std::invalid_argument("filling a pool needs at least one thread");
-  for (int32_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Run(); });
+  CheckHolds(*source_, pool_->num_experts(), pool_->expert_bytes());
+  try {
+    for (int32_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { Run(); });
+  } catch (...) {  // the system has no more threads
+    Cancel();
+    JoinThreads();
+    throw;
+  }
 }
 
 PoolFill::~PoolFill() {

@@ -26,9 +26,9 @@ class RamPool : public ExpertSource {
   std::byte* expert_data(ExpertIndex expert) const {
     return memory_.data() + static_cast<size_t>(Index(expert)) * stride_bytes_;
   }
-  size_t expert_bytes() const { return expert_bytes_; }
+  size_t num_experts() const override { return num_experts_; }
+  size_t expert_bytes() const override { return expert_bytes_; }
   size_t stride_bytes() const { return stride_bytes_; }
-  size_t num_experts() const { return num_experts_; }
   size_t num_bytes() const { return memory_.num_bytes(); }
 
  private:
@@ -42,6 +42,8 @@ class RamPool : public ExpertSource {
 // construction to Join.
 class PoolFill {
  public:
+  // Throws std::invalid_argument if the source holds other experts than the pool, or for no
+  // threads.
   PoolFill(std::shared_ptr<RamPool> pool, std::shared_ptr<const ExpertSource> source,
            int32_t num_threads);
   // Cancels and waits.

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 #include <utility>
@@ -31,13 +32,15 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
       table_(options.num_layers, options.num_experts, options.num_slots),
       planner_(table_, options.planner),
       queue_(options.num_slots, AlignUp(options.chunk_bytes, kSlotAlignment),
-             options.num_threads + 1),
+             std::max(options.num_threads, 0) + 1),
       failures_(static_cast<size_t>(options.num_slots)) {
   if (options.num_slots > options.num_layers * options.num_experts) {
     throw std::invalid_argument("a cache of " + std::to_string(options.num_slots) +
                                 " experts is larger than the model");
   }
   if (options.num_threads < 1) throw std::invalid_argument("num_threads must be at least 1");
+  const int32_t num_experts_total = options.num_layers * options.num_experts;
+  CheckHolds(*source_, static_cast<size_t>(num_experts_total), slot_bytes_);
   const auto* pool = dynamic_cast<const RamPool*>(source_.get());
   if (CanAlias(pool, options)) {
     AliasPool(*pool);
@@ -45,20 +48,33 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
   }
   memory_ = MappedMemory(static_cast<size_t>(options.num_slots) * slot_stride_bytes_);
   slots_ = memory_.data();
-  for (int32_t i = 0; i < options.num_threads; ++i) workers_.emplace_back([this] { WorkerLoop(); });
+  try {
+    for (int32_t i = 0; i < options.num_threads; ++i) {
+      crew_->workers.emplace_back([this] { WorkerLoop(); });
+    }
+  } catch (...) {  // the system has no more threads
+    StopWorkers();
+    throw;
+  }
 }
 
 ExpertCache::~ExpertCache() {
-  if (getpid() != owner_process_) {  // forked: the workers live in the parent only
-    for (std::thread& worker : workers_) worker.detach();
-    return;
+  if (getpid() == owner_process_) {
+    StopWorkers();
+  } else {
+    // The workers live in the parent only: their threads cannot be joined here, and destroying a
+    // condition variable would wait for them for ever.
+    static_cast<void>(crew_.release());
   }
+}
+
+void ExpertCache::StopWorkers() {
   {
-    const std::scoped_lock lock(mutex_);
+    const Lock lock(mutex_);
     stopping_ = true;
   }
-  work_posted_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  crew_->work_posted.notify_all();
+  for (std::thread& worker : crew_->workers) worker.join();
 }
 
 void ExpertCache::AliasPool(const RamPool& pool) {
@@ -78,8 +94,10 @@ const Plan& ExpertCache::BeginLayer(int32_t layer, std::span<const int64_t> expe
   ++now_;
   plan_ = nullptr;
   const Plan* plan = planner_.PlanLayer(layer, expert_ids, num_tokens, now_);
-  if (plan == nullptr) {  // prefetches hold every slot
+  if (plan == nullptr) {  // transfers hold every slot
+    const double begin_us = NowUs();
     CancelAll(lock);
+    planner_.statistics(layer).stall_us += NowUs() - begin_us;
     plan = planner_.PlanLayer(layer, expert_ids, num_tokens, now_);
   }
   plan_ = plan;
@@ -92,9 +110,9 @@ const Plan& ExpertCache::BeginLayer(int32_t layer, std::span<const int64_t> expe
 
 void ExpertCache::PostRow(const PlanRow& row) {
   const ExpertIndex expert = ToIndex(table_.view(), {plan_->layer, row.expert});
-  failures_[static_cast<size_t>(Index(row.slot))].clear();
+  failures_[static_cast<size_t>(Index(row.slot))].reset();
   queue_.Post(row.slot, expert, slot_bytes_, TransferClass::kDemand, plan_->tick);
-  work_posted_.notify_one();
+  crew_->work_posted.notify_one();
 }
 
 void ExpertCache::Wait(int32_t row_index) {
@@ -107,20 +125,29 @@ void ExpertCache::Wait(int32_t row_index) {
   bool stalled = false;
   while (table.slot_expert[s] != ToIndex(table, id) || table.slot_state[s] != SlotState::kReady) {
     if (table.slot_expert[s] != ToIndex(table, id)) {
-      const std::string& cause = failures_[static_cast<size_t>(s)];
-      if (!cause.empty()) throw TransferError(id, cause);
+      const std::optional<std::string>& cause = failures_[static_cast<size_t>(s)];
+      if (cause) throw TransferError(id, *cause);
       throw std::invalid_argument("row " + std::to_string(row_index) +
                                   " takes over a slot that was not released");
     }
+    if (!stalled) CheckProcess();
     stalled = true;
-    if (!CopyOneChunk(lock)) chunk_finished_.wait(lock);
+    // The row may be ready before a chunk of a prefetch is, so those are left to the workers.
+    if (!queue_.NextIsDemand() || !CopyOneChunk(lock)) crew_->chunk_finished.wait(lock);
   }
   if (stalled) planner_.statistics(id.layer).stall_us += NowUs() - begin_us;
 }
 
 void ExpertCache::Release(int32_t row_index) {
+  CheckProcess();
   const Lock lock(mutex_);
-  RowAt(row_index);
+  const PlanRow& row = RowAt(row_index);
+  const SlotTableView& table = table_.view();
+  if (table.slot_expert[Index(row.slot)] != ToIndex(table, {plan_->layer, row.expert}) ||
+      table.slot_state[Index(row.slot)] != SlotState::kReady) {
+    throw std::invalid_argument("row " + std::to_string(row_index) +
+                                " is not in its slot and cannot be released");
+  }
   const int32_t next = planner_.Advance(row_index);
   if (next != kNoRow) PostRow(RowAt(next));
 }
@@ -135,9 +162,9 @@ int32_t ExpertCache::Prefetch(int32_t layer, std::span<const int64_t> expert_ids
     const ExpertId id{layer, Saturated(expert)};
     const SlotId slot = planner_.PlanPrefetch(id, now_, needed_at);
     if (slot == SlotId::kNone) continue;
-    failures_[static_cast<size_t>(Index(slot))].clear();
+    failures_[static_cast<size_t>(Index(slot))].reset();
     queue_.Post(slot, ToIndex(table_.view(), id), slot_bytes_, TransferClass::kPrefetch, needed_at);
-    work_posted_.notify_one();
+    crew_->work_posted.notify_one();
     ++num_posted;
   }
   return num_posted;
@@ -146,7 +173,7 @@ int32_t ExpertCache::Prefetch(int32_t layer, std::span<const int64_t> expert_ids
 void ExpertCache::WorkerLoop() {
   Lock lock(mutex_);
   while (!stopping_) {
-    if (!CopyOneChunk(lock)) work_posted_.wait(lock);
+    if (!CopyOneChunk(lock)) crew_->work_posted.wait(lock);
   }
 }
 
@@ -155,32 +182,38 @@ bool ExpertCache::CopyOneChunk(Lock& lock) {
   if (!chunk) return false;
   const bool is_prefetch = queue_.IsPrefetch(chunk->slot);
   planner_.Submit(chunk->slot);
+  if (queue_.HasNext()) crew_->work_posted.notify_one();  // a transfer is more than one chunk
   lock.unlock();
-  std::string error;
+  std::optional<std::string> error;
   const double begin_us = NowUs();
   try {
     std::byte* to = slot_data(chunk->slot) + chunk->offset_bytes;
     source_->Read(chunk->expert, chunk->offset_bytes, {to, chunk->num_bytes});
   } catch (const std::exception& e) {
     error = e.what();
+  } catch (...) {
+    error = "unknown error";
   }
   const double end_us = NowUs();
   lock.lock();
-  if (error.empty()) bandwidth_.Record(chunk->num_bytes, begin_us, end_us);
+  if (!error) bandwidth_.Record(chunk->num_bytes, begin_us, end_us);
   FinishChunk(*chunk, is_prefetch, error);
   return true;
 }
 
-void ExpertCache::FinishChunk(const Chunk& chunk, bool is_prefetch, const std::string& error) {
+void ExpertCache::FinishChunk(const Chunk& chunk, bool is_prefetch,
+                              const std::optional<std::string>& error) {
+  std::optional<std::string>& failure = failures_[static_cast<size_t>(Index(chunk.slot))];
   const int32_t layer = ToId(table_.view(), chunk.expert).layer;
   LayerStatistics& counts = planner_.statistics(layer);
   (is_prefetch ? counts.prefetch_bytes : counts.demand_bytes) +=
-      error.empty() ? static_cast<int64_t>(chunk.num_bytes) : 0;
-  if (!error.empty()) failures_[static_cast<size_t>(Index(chunk.slot))] = error;
-  switch (queue_.Finish(chunk, error.empty())) {
+      error ? 0 : static_cast<int64_t>(chunk.num_bytes);
+  if (error) failure = error;
+  switch (queue_.Finish(chunk, !error)) {
     case TransferStatus::kInFlight:
       break;
     case TransferStatus::kDone:
+      failure.reset();  // of a try before this one
       planner_.Publish(chunk.slot);
       break;
     case TransferStatus::kDropped:
@@ -188,7 +221,7 @@ void ExpertCache::FinishChunk(const Chunk& chunk, bool is_prefetch, const std::s
       DropTransfer(chunk.slot, layer);
       break;
   }
-  chunk_finished_.notify_all();
+  crew_->chunk_finished.notify_all();
 }
 
 void ExpertCache::DropTransfer(SlotId slot, int32_t layer) {
@@ -206,7 +239,7 @@ void ExpertCache::CancelAll(Lock& lock) {
     const int32_t layer = ToId(table_.view(), table_.view().slot_expert[s]).layer;
     if (queue_.Cancel(slot)) DropTransfer(slot, layer);
   }
-  chunk_finished_.wait(lock, [this] { return queue_.chunks_in_flight() == 0; });
+  crew_->chunk_finished.wait(lock, [this] { return queue_.chunks_in_flight() == 0; });
 }
 
 const PlanRow& ExpertCache::RowAt(int32_t row) const {
@@ -226,16 +259,19 @@ void ExpertCache::CheckProcess() const {
 }
 
 std::vector<LayerStatistics> ExpertCache::statistics() const {
+  CheckProcess();
   const Lock lock(mutex_);
   return planner_.statistics();
 }
 
 void ExpertCache::ResetStatistics() {
+  CheckProcess();
   const Lock lock(mutex_);
   planner_.ResetStatistics();
 }
 
 double ExpertCache::bandwidth_bytes_per_second() const {
+  CheckProcess();
   const Lock lock(mutex_);
   return bandwidth_.bytes_per_second();
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <thread>
@@ -41,15 +42,16 @@ struct ExpertCacheOptions {
 //   for each row: Wait(row); compute with slot_data(rows[row].slot); Release(row)
 //
 // One thread at a time drives it (the caller sees to that); statistics may be read from any thread.
-// If a transfer fails, Wait throws TransferError and the layer may be begun again.
+// If a transfer fails, Wait throws TransferError and the layer may be begun again. In a forked
+// child every call throws std::logic_error.
 class ExpertCache {
  public:
   // With as many slots as experts, a RamPool as source and a policy that keeps experts, the slots
   // are the pool's own memory and every expert is resident from the start. Throws
-  // std::invalid_argument for options that do not fit, std::bad_alloc.
+  // std::invalid_argument for options that do not fit each other or the source, std::bad_alloc.
   ExpertCache(std::shared_ptr<const ExpertSource> source, const ExpertLayout& layout,
               const ExpertCacheOptions& options);
-  // Copies in progress are finished, the rest is dropped.
+  // Copies in progress are finished, the rest is dropped. In a forked child nothing is waited for.
   ~ExpertCache();
 
   ExpertCache(const ExpertCache&) = delete;
@@ -65,6 +67,7 @@ class ExpertCache {
   void Wait(int32_t row);
 
   // The caller is done with the row's slot: the row that waits for the slot, if any, is posted.
+  // Throws std::invalid_argument if the row is not in its slot.
   void Release(int32_t row);
 
   // Posts the experts that a layer will need `distance` layers from now, in this order, while slots
@@ -85,13 +88,21 @@ class ExpertCache {
  private:
   using Lock = std::unique_lock<std::mutex>;
 
+  // The threads that copy, and what they and the caller wait on.
+  struct Crew {
+    std::condition_variable work_posted;
+    std::condition_variable chunk_finished;
+    std::vector<std::thread> workers;
+  };
+
   void AliasPool(const RamPool& pool);
   void CheckProcess() const;
   const PlanRow& RowAt(int32_t row) const;
+  void StopWorkers();
   void WorkerLoop();
   // Copies the next chunk with the lock released meanwhile. False if there is none.
   bool CopyOneChunk(Lock& lock);
-  void FinishChunk(const Chunk& chunk, bool is_prefetch, const std::string& error);
+  void FinishChunk(const Chunk& chunk, bool is_prefetch, const std::optional<std::string>& error);
   void PostRow(const PlanRow& row);
   void CancelAll(Lock& lock);
   void DropTransfer(SlotId slot, int32_t layer);
@@ -104,18 +115,16 @@ class ExpertCache {
   pid_t owner_process_;
 
   mutable std::mutex mutex_;  // guards everything below
-  std::condition_variable work_posted_;
-  std::condition_variable chunk_finished_;
   SlotTable table_;
   Planner planner_;
   TransferQueue queue_;
   BandwidthEstimator bandwidth_;
-  std::vector<std::string> failures_;  // [num_slots] why the slot's last transfer failed
+  std::vector<std::optional<std::string>> failures_;  // [num_slots] of the slot's last transfer
   const Plan* plan_ = nullptr;
   Tick now_ = 0;  // of the last plan
   bool stopping_ = false;
 
-  std::vector<std::thread> workers_;  // last: they use all of the above
+  std::unique_ptr<Crew> crew_ = std::make_unique<Crew>();
 };
 
 }  // namespace expertflow

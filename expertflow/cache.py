@@ -99,6 +99,7 @@ class ExpertCache:
         )
         # Held while a layer is computed: its slots must not change hands.
         self.lock = threading.RLock()
+        self._is_forked = False
         _open_caches[self._core.handle] = self
 
     @classmethod
@@ -165,6 +166,14 @@ class ExpertCache:
         """What the source was last seen to deliver; 0 before the first copy."""
         return self._core.bandwidth_bytes_per_second
 
+    def check_process(self) -> None:
+        """Raise RuntimeError in a child that was forked after the cache was made."""
+        if self._is_forked:
+            raise RuntimeError(
+                "this expert cache was made before a fork and cannot be used in the child: load "
+                "the model in the process that runs it"
+            )
+
     def slot_weights(self, slot: int) -> ExpertWeights:
         """Return views of the tensors in `slot`, whichever expert it holds."""
         weights = self._slot_weights[slot]
@@ -195,6 +204,16 @@ class ExpertCache:
     def reset_statistics(self) -> None:
         """Start counting anew."""
         self._core.reset_statistics()
+
+
+def _disown_caches() -> None:
+    """In a forked child, where neither the threads that copy exist nor who holds a lock."""
+    for cache in list(_open_caches.values()):
+        cache.lock = threading.RLock()
+        cache._is_forked = True
+
+
+os.register_at_fork(after_in_child=_disown_caches)
 
 
 def hit_rate(statistics: dict[str, Any]) -> float:

@@ -41,6 +41,12 @@ class StreamedModel:
         with _streamed_experts(self.experts_class):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused in a forked child: torch may hang there before the experts would refuse."""
+        if self.expert_cache is not None:
+            self.expert_cache.check_process()
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
     def set_expert_cache(
         self, expert_cache: str | float | int, *, policy: str = "", cache_scope: str = ""
     ) -> None:

@@ -1,6 +1,40 @@
-"""Settings for all Python tests."""
+"""Settings and shared models for all Python tests."""
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
 import torch
+
+import expertflow
 
 # The models are tiny: more threads would only wait for each other on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The fp32 checkpoint of a family, in two or more shards; not to be changed."""
+
+    @cache
+    def make(family: str) -> Path:
+        path = tmp_path_factory.mktemp(family)
+        return tiny_models.make_checkpoint(family, path, max_shard_size="100KB")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_streamed(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
+    """The streamed model of a family, dtype and pool; a test gives it a cache of its own first."""
+
+    @cache
+    def load(family: str, dtype: torch.dtype = torch.float32, pool: str = "ram") -> Any:
+        return expertflow.from_pretrained(
+            tiny_checkpoint(family), expert_cache="100%", dtype=dtype, pool=pool, progress=False
+        )
+
+    return load

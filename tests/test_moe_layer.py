@@ -1,0 +1,193 @@
+"""The minimal MoE layer: a plain reference, the predictor hook, and no need of transformers."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from random_experts import RandomExperts
+from streamed import DTYPES, POOLS
+from torch.nn import functional
+
+from expertflow import MoELayer
+
+NUM_LAYERS, NUM_EXPERTS, HIDDEN, TOP_K = 3, 8, 16, 2
+TOKENS = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1))
+ROUTERS = torch.randn(NUM_LAYERS, NUM_EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return RandomExperts(tmp_path_factory.mktemp("layer") / "experts.bin")
+
+
+def model(cache, dtype=torch.float32, **kwargs):
+    routers = ROUTERS.to(dtype)
+    return [MoELayer(router, cache, layer, **kwargs) for layer, router in enumerate(routers)]
+
+
+def run(layers, hidden):
+    for layer in layers:
+        hidden = hidden + layer(hidden)
+    return hidden
+
+
+def reference(experts, layer, tokens, normalize=True):
+    """Token by token and expert by expert, in fp64."""
+    tokens = tokens.double()
+    probabilities = (tokens @ ROUTERS[layer].double().t()).softmax(-1)
+    out = torch.zeros_like(tokens)
+    for token, row in enumerate(probabilities):
+        chosen = row.argsort(descending=True)[:TOP_K].tolist()
+        total = sum(row[expert] for expert in chosen) if normalize else 1
+        for expert in chosen:
+            out[token] += row[expert] / total * experts.mlp(layer, expert, tokens[token])
+    return out
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_equals_a_plain_layer(experts, pool, num_tokens, normalize):
+    cache = experts.cache(TOP_K, pool=pool)
+    layer = MoELayer(ROUTERS[1], cache, 1, normalize=normalize)
+    expected = reference(experts, 1, TOKENS[:num_tokens], normalize)
+    output = layer(TOKENS[:num_tokens])
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    assert output.dtype == torch.float32
+    assert cache.statistics()["layers"][1]["misses"] > 0
+
+
+def test_bfloat16(tmp_path):
+    experts = RandomExperts(tmp_path / "experts.bin", torch.bfloat16)
+    tokens = TOKENS.bfloat16()
+    layer = MoELayer(ROUTERS[0].bfloat16(), experts.cache(TOP_K), 0)
+    output = layer(tokens)
+    assert output.dtype == torch.bfloat16
+    weights, ids = layer.route(tokens)  # also in bf16: which experts are chosen depends on it
+    expected = torch.stack(
+        [
+            sum(weight * experts.mlp(0, expert, token) for expert, weight in zip(e, w, strict=True))
+            for e, w, token in zip(ids.tolist(), weights.double(), tokens, strict=True)
+        ]
+    )
+    error = (output.double() - expected).abs().max() / expected.abs().max()
+    assert error < 2**-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_with_every_cache(tmp_path, dtype):
+    experts = RandomExperts(tmp_path / "experts.bin", dtype)
+    tokens = TOKENS.to(dtype)
+    expected = run(model(experts.cache(24, pool="ram"), dtype), tokens)
+    for num_slots in (2, 3, 9, 23):
+        assert torch.equal(run(model(experts.cache(num_slots), dtype), tokens), expected)
+
+
+def test_any_leading_shape(experts):
+    layer = MoELayer(ROUTERS[0], experts.cache(6), 0)
+    flat = layer(TOKENS)
+    assert torch.equal(layer(TOKENS.view(2, 20, HIDDEN)), flat.view(2, 20, HIDDEN))
+    assert layer(TOKENS[:0].view(0, 5, HIDDEN)).shape == (0, 5, HIDDEN)
+
+
+def test_activation(experts):
+    cache = experts.cache(6)
+    relu = MoELayer(ROUTERS[0], cache, 0, activation=functional.relu)
+    assert not torch.allclose(relu(TOKENS), MoELayer(ROUTERS[0], cache, 0)(TOKENS))
+
+
+def test_predictor(experts):
+    """It is asked in every layer but for layers that exist; what it names is there in time."""
+    calls = []
+
+    def foresee(layer, hidden):
+        calls.append((layer, hidden))
+        next_ids = layers[layer + 1].route(hidden)[1] if layer + 1 < NUM_LAYERS else None
+        nearest = [] if next_ids is None else [(1, next_ids.view(-1).unique())]
+        return [*nearest, (NUM_LAYERS, torch.tensor([0]))]  # no such layer: ignored
+
+    cache = experts.cache(18)
+    layers = model(cache, predictor=foresee)
+    token = TOKENS[:1]
+    for layer in layers:  # all see the same token, so the prediction is right
+        expected = reference(experts, layer.layer, token)
+        torch.testing.assert_close(layer(token).double(), expected, rtol=1e-5, atol=1e-6)
+    assert [layer for layer, _ in calls] == [0, 1, 2]
+    assert all(torch.equal(hidden, token) for _, hidden in calls)
+    first, *later = cache.statistics()["layers"]
+    assert first["misses"] == TOP_K
+    for counts in later:
+        assert counts["misses"] == 0
+        assert counts["hits"] + counts["late_hits"] == TOP_K
+    total = cache.statistics()
+    fetched = total["prefetch_bytes"] + total["demand_bytes"]
+    assert fetched == NUM_LAYERS * TOP_K * cache.slot_bytes
+    assert total["wasted_prefetch_bytes"] == 0
+
+
+def test_prefetches_that_are_done_count_as_prefetch_bytes(experts):
+    cache = experts.cache(18)
+    layer = MoELayer(
+        ROUTERS[0], cache, 0, predictor=lambda layer, hidden: [(2, torch.tensor([3, 6, 7]))]
+    )
+    layer(TOKENS[:1])
+    deadline = time.monotonic() + 60
+    while cache.statistics()["prefetch_bytes"] < 3 * cache.slot_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    target = MoELayer(ROUTERS[2], cache, 2)
+    target.route = lambda hidden: (torch.tensor([[0.5, 0.5]]), torch.tensor([[6, 3]]))
+    target(TOKENS[:1])
+    counts = cache.statistics()["layers"][2]
+    assert (counts["hits"], counts["misses"], counts["late_hits"]) == (2, 0, 0)
+    assert counts["prefetch_bytes"] == 3 * cache.slot_bytes
+    assert counts["demand_bytes"] == 0
+
+
+def test_useless_predictor_changes_nothing(experts):
+    generator = torch.Generator().manual_seed(3)
+
+    def guess(layer, hidden):
+        for distance in (1, 2):
+            yield distance, torch.randint(NUM_EXPERTS, (5,), generator=generator)
+
+    expected = run(model(experts.cache(24)), TOKENS[:4])
+    for num_slots in (2, 5, 12):
+        cache = experts.cache(num_slots, policy="two_level_lru")
+        for _ in range(5):
+            assert torch.equal(run(model(cache, predictor=guess), TOKENS[:4]), expected)
+
+
+def test_prediction_out_of_range_is_an_error(experts):
+    layer = MoELayer(
+        ROUTERS[0], experts.cache(6), 0, predictor=lambda *_: [(1, torch.tensor([NUM_EXPERTS]))]
+    )
+    with pytest.raises(IndexError, match="expert 8 of MoE layer 1"):
+        layer(TOKENS)
+    layer.predictor = None
+    assert torch.equal(layer(TOKENS), MoELayer(ROUTERS[0], experts.cache(6), 0)(TOKENS))
+
+
+def test_wrong_number_of_experts(experts):
+    with pytest.raises(ValueError, match="layer 2 scores 7 experts, the cache has 8"):
+        MoELayer(ROUTERS[2][:7], experts.cache(6), 2)
+
+
+def test_layer_that_does_not_exist(experts):
+    with pytest.raises(IndexError, match="MoE layer 3"):
+        MoELayer(ROUTERS[0], experts.cache(6), 3)(TOKENS)
+
+
+def test_works_without_transformers():
+    script = """
+import sys
+sys.modules["transformers"] = None  # importing it fails
+from expertflow import MoELayer
+print(MoELayer.__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "MoELayer\n", done.stderr

@@ -1,8 +1,9 @@
 """Tokens per second on the CPU, beside accelerate's disk_offload and plain transformers.
 
 A random-weight Qwen3-MoE checkpoint with more than 4 GiB of experts is made once. Every system
-continues the same prompt, in the same dtype, with the same threads and the same random numbers, so
-that near-uniform routing gives the cache no help; rounds go through the systems in turn; a cold run starts with the page cache emptied of all files that it reads.
+continues the same prompt, in the same dtype, with the same threads and the same random numbers; the
+routing of random weights is near uniform, so it gives the cache no help. Rounds go through the
+systems in turn. A cold run starts with the page cache emptied of all files that it reads.
 
     python bench/disk_offload_bench.py [--dir DIR] [--rounds N] [--new-tokens N]
 """

@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -14,6 +16,15 @@ double NowUs() {
   return std::chrono::duration<double, std::micro>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
+}
+
+// How many forks lie between this process and the one that loaded the library. Unlike getpid, which
+// takes 0.1 to 0.2 us, reading it costs nothing.
+int ForkGeneration() {
+  static std::atomic<int> generation{0};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++generation; });
+  if (registered != 0) throw std::bad_alloc();  // the only way in which it fails
+  return generation.load(std::memory_order_relaxed);
 }
 
 bool CanAlias(const RamPool* pool, const ExpertCacheOptions& options) {
@@ -28,7 +39,7 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
     : source_(std::move(source)),
       slot_bytes_(layout.slot_bytes()),
       slot_stride_bytes_(slot_bytes_),
-      owner_process_(getpid()),
+      fork_generation_(ForkGeneration()),
       table_(options.num_layers, options.num_experts, options.num_slots),
       planner_(table_, options.planner),
       queue_(options.num_slots, AlignUp(options.chunk_bytes, kSlotAlignment),
@@ -59,7 +70,7 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
 }
 
 ExpertCache::~ExpertCache() {
-  if (getpid() == owner_process_) {
+  if (ForkGeneration() == fork_generation_) {
     StopWorkers();
   } else {
     // The workers live in the parent only: their threads cannot be joined here, and destroying a
@@ -116,6 +127,7 @@ void ExpertCache::PostRow(const PlanRow& row) {
 }
 
 void ExpertCache::Wait(int32_t row_index) {
+  CheckProcess();
   Lock lock(mutex_);
   const PlanRow& row = RowAt(row_index);
   const ExpertId id{plan_->layer, row.expert};
@@ -130,7 +142,6 @@ void ExpertCache::Wait(int32_t row_index) {
       throw std::invalid_argument("row " + std::to_string(row_index) +
                                   " takes over a slot that was not released");
     }
-    if (!stalled) CheckProcess();
     stalled = true;
     // The row may be ready before a chunk of a prefetch is, so those are left to the workers.
     if (!queue_.NextIsDemand() || !CopyOneChunk(lock)) crew_->chunk_finished.wait(lock);
@@ -250,11 +261,10 @@ const PlanRow& ExpertCache::RowAt(int32_t row) const {
 }
 
 void ExpertCache::CheckProcess() const {
-  if (getpid() != owner_process_) {
+  if (ForkGeneration() != fork_generation_) {
     throw std::logic_error(
-        "this expert cache was made before a fork and cannot be used in the child: load the model "
-        "in the "
-        "process that runs it");
+        "this expert cache was made before a fork and cannot be used in the child: "
+        "load the model in the process that runs it");
   }
 }
 

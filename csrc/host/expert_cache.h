@@ -1,7 +1,5 @@
 #pragma once
 
-#include <sys/types.h>
-
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -112,7 +110,7 @@ class ExpertCache {
   size_t slot_stride_bytes_;
   MappedMemory memory_;
   std::byte* slots_;
-  pid_t owner_process_;
+  int fork_generation_;  // of the process that owns the workers
 
   mutable std::mutex mutex_;  // guards everything below
   SlotTable table_;

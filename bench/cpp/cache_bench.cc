@@ -84,6 +84,7 @@ BENCHMARK(CopyThroughCache)
     ->ArgNames({"expert_kib", "threads"})
     ->ArgsProduct({{kSmallKib, kLargeKib}, {2, 3}})
     ->UseRealTime()
+    ->MinTime(0.2)
     ->Repetitions(7)
     ->ReportAggregatesOnly();
 BENCHMARK(CopyByMemcpy)
@@ -92,6 +93,7 @@ BENCHMARK(CopyByMemcpy)
     ->Arg(kLargeKib)
     ->ThreadRange(1, 2)
     ->UseRealTime()
+    ->MinTime(0.2)
     ->Repetitions(7)
     ->ReportAggregatesOnly();
 

@@ -145,6 +145,7 @@ void RegisterAll(const std::string& routing, const Routes& routes) {
       const std::string name = "PlanLayer/" + routing + "/" + table.name + "/" + policy.name;
       benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routes, policy.policy, table.scope,
                                    table.num_slots)
+          ->MinTime(0.1)
           ->Repetitions(9)
           ->ReportAggregatesOnly()
           ->ComputeStatistics("min", Min);

@@ -35,7 +35,13 @@ void SubmitChunk(benchmark::State& state) {
   }
 }
 
-BENCHMARK(SubmitChunk)->Arg(8)->Arg(64)->Arg(1536)->Repetitions(9)->ReportAggregatesOnly();
+BENCHMARK(SubmitChunk)
+    ->Arg(8)
+    ->Arg(64)
+    ->Arg(1536)
+    ->MinTime(0.1)
+    ->Repetitions(9)
+    ->ReportAggregatesOnly();
 
 }  // namespace
 }  // namespace expertflow

@@ -7,7 +7,8 @@ grouped_mm and batched_mm round them, so that in bf16 the logits are as good as 
 same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch.nn import functional
 
 from . import ops
 from .cache import ExpertCache, ExpertMlp, ExpertWeights
+from .errors import UnsupportedModelError
+from .unsupported import refuse_conversion
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
 
@@ -105,6 +108,7 @@ class StreamedExperts(nn.Module):
     """
 
     segment_shapes: dict[str, tuple[int, ...]]
+    serves_adapter = False  # state_dict() is called for the sake of an adapter
 
     def __init__(self, template: nn.Module) -> None:
         """Take activation and shapes from `template`, an original module on the meta device."""
@@ -124,6 +128,35 @@ class StreamedExperts(nn.Module):
         self.cache = cache
         self.layer_index = layer_index
         cache.layers[layer_index] = self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Refused: there is nothing to save. A PeftModel takes only the adapter's tensors."""
+        if self.cache is not None and not self.serves_adapter and "base_model." not in prefix:
+            raise UnsupportedModelError(
+                "state_dict() of a streamed model would leave out its experts. They are unchanged "
+                "in the checkpoint: copy that instead. For the rest of the model, call the "
+                "state_dict() of the modules beside the experts."
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refused if `state_dict` has experts: with strict=False torch would drop them."""
+        if given := sorted(name for name in state_dict if name.startswith(prefix)):
+            raise UnsupportedModelError(
+                f"load_state_dict() of a streamed model would leave out its experts, such as "
+                f"{given[0]}: they are read from the checkpoint. Save the weights as a checkpoint "
+                "with transformers and load that with expertflow.from_pretrained."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Behind half(), to(), ... of a part of the model: refused where it would change it."""
+        if self.cache is not None:
+            dtype = getattr(torch, self.cache.layout.segments[0][1])
+            refuse_conversion(fn, torch.empty(0, dtype=dtype))
+        return super()._apply(fn, recurse)
 
     def expert_mlp(self, tokens: Tensor, weights: ExpertWeights) -> Tensor:
         """One expert: [n, H] -> [n, H]."""

@@ -12,14 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from ._core import RamPool
 from .cache_size import count_slots, slots_memory
 from .errors import UnsupportedModelError
 from .experts import StreamedExperts, streamed_class
 from .families import ModelSkeleton, model_class_lock
 from .memory import available_memory, check_ram
+from .unsupported import refuse_conversion
 
 
 class StreamedModel:
@@ -34,7 +33,6 @@ class StreamedModel:
     expert_checkpoint: str = ""  # where the experts are read from
     expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
     ram_limit: str | float | int | None = None  # as given to from_pretrained
-    _serves_adapter = False  # state_dict() is called for the sake of an adapter
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the model as transformers does, with streamed experts."""
@@ -73,15 +71,6 @@ class StreamedModel:
             if isinstance(module, StreamedExperts):
                 module.bind(self.expert_cache, module.layer_index)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, unless it serves an adapter or a wrapper (PeftModel), which filter it."""
-        partial = self._serves_adapter or args or kwargs.get("destination") is not None
-        if self.expert_cache is None or partial:
-            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
-        raise self._without_experts(
-            "state_dict()", "For the rest of the model, call the state_dict() of its modules."
-        )
-
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, unless an adapter is loaded: then transformers saves only that."""
         if getattr(self, "_hf_peft_config_loaded", False):
@@ -103,11 +92,16 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def _serving_adapter(self) -> Iterator[None]:
-        self._serves_adapter = True
+        """Within, state_dict() leaves out the experts: an adapter has none."""
+        experts = [m for m in self.modules() if isinstance(m, StreamedExperts)]  # type: ignore[attr-defined]
+        before = [module.serves_adapter for module in experts]
+        for module in experts:
+            module.serves_adapter = True
         try:
             yield
         finally:
-            self._serves_adapter = False
+            for module, serves_adapter in zip(experts, before, strict=True):
+                module.serves_adapter = serves_adapter
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Peft ends its work by setting `peft_config`: refuse adapters that missed the experts."""
@@ -147,7 +141,7 @@ class StreamedModel:
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Behind to(), cuda(), half(), float(), ...: refused where it would change anything."""
         if self.expert_cache is not None:
-            _refuse_conversion(fn, next(self.parameters()))  # type: ignore[attr-defined]
+            refuse_conversion(fn, next(self.parameters()))  # type: ignore[attr-defined]
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -201,21 +195,3 @@ def _streamed_experts(experts_class: type[Any]) -> Iterator[None]:
             yield
         finally:
             setattr(module, name, experts_class)
-
-
-def _refuse_conversion(fn: Callable[..., Any], parameter: torch.Tensor) -> None:
-    """Refuse an `fn` of nn.Module._apply that would change device or dtype."""
-    advice = "load it again with expertflow.from_pretrained(..., device=, dtype=)."
-    probe = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
-    try:
-        result = fn(probe)
-    except Exception as error:
-        raise UnsupportedModelError(f"A streamed model cannot be moved; {advice}") from error
-    for what, before, after in (
-        ("moved", probe.device, result.device),
-        ("converted", probe.dtype, result.dtype),
-    ):
-        if before != after:
-            raise UnsupportedModelError(
-                f"A streamed model cannot be {what} from {before} to {after}; {advice}"
-            )

@@ -1,9 +1,11 @@
-"""What `from_pretrained` refuses before it reads anything, rather than run it wrong."""
+"""What is refused rather than run wrong: arguments, quantized checkpoints, conversions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from .errors import UnsupportedModelError
 
@@ -76,3 +78,21 @@ def refuse_quantized(config: Mapping[str, Any], path: str) -> None:
         "which is not supported. Use a checkpoint in bfloat16, float16 or float32."
         + (_MXFP4_ADVICE if method == "mxfp4" else "")
     )
+
+
+def refuse_conversion(fn: Callable[..., Any], parameter: torch.Tensor) -> None:
+    """Raise UnsupportedModelError for an `fn` of nn.Module._apply that changes device or dtype."""
+    advice = "load it again with expertflow.from_pretrained(..., device=, dtype=)."
+    probe = torch.zeros(1, dtype=parameter.dtype, device=parameter.device)
+    try:
+        result = fn(probe)
+    except Exception as error:
+        raise UnsupportedModelError(f"A streamed model cannot be moved; {advice}") from error
+    for what, before, after in (
+        ("moved", probe.device, result.device),
+        ("converted", probe.dtype, result.dtype),
+    ):
+        if before != after:
+            raise UnsupportedModelError(
+                f"A streamed model cannot be {what} from {before} to {after}; {advice}"
+            )

@@ -124,9 +124,29 @@ def test_pipelines_take_the_model(model):
     assert result["generated_token_ids"] == expected[0].tolist()
 
 
-def test_state_dict_of_a_part_has_no_experts(model):
-    names = model.model.state_dict().keys()
-    assert names and not any(".experts." in name for name in names)
+def test_parts_with_experts_are_refused_too(model, path, tmp_path):
+    for refused in (
+        model.model.state_dict,
+        torch.nn.Sequential(model).state_dict,
+        lambda: model.model.save_pretrained(tmp_path),
+    ):
+        with pytest.raises(UnsupportedModelError, match="leave out its experts"):
+            refused()
+    assert not list(tmp_path.glob("*.safetensors"))
+    for convert in (model.model.half, lambda: model.model.to("meta")):
+        with pytest.raises(UnsupportedModelError, match=r"from_pretrained\(.*dtype="):
+            convert()
+
+
+def test_loading_experts_into_the_model_is_refused(model, path):
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    weights = plain.state_dict()
+    for target, given in ((model, weights), (model.model, plain.model.state_dict())):
+        with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts\.down_proj"):
+            target.load_state_dict(given, strict=False)
+    others = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    model.load_state_dict(others)
+    check_same(model, plain)
 
 
 # Adapters

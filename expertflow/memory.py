@@ -109,7 +109,10 @@ def _cgroup_memory(root: Path) -> list[AvailableMemory]:
     """What each limited cgroup from this process's own up to the top still allows."""
     found = []
     for line in _read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        fields = line.split(":", 2)
+        if len(fields) != 3:
+            continue  # nothing that the kernel writes
+        _, controllers, path = fields
         if controllers == "":  # version 2, alone or beside version 1
             mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
             names = ("memory.max", "memory.current", "")

@@ -126,6 +126,15 @@ def test_cgroup_without_a_limit_does_not_count(tmp_path):
     assert available_memory(root=write(tmp_path, MEMINFO | files)).num_bytes == 16000 * 1024
 
 
+def test_malformed_cgroup_lines_do_not_count(tmp_path):
+    files = {
+        "proc/self/cgroup": "nonsense\n\n0:\n0::/\n",
+        "sys/fs/cgroup/memory.max": "1000\n",
+        "sys/fs/cgroup/memory.current": "400\n",
+    }
+    assert available_memory(root=write(tmp_path, MEMINFO | files)).num_bytes == 600
+
+
 def test_usage_above_the_limit_leaves_nothing(tmp_path):
     files = {
         "proc/self/cgroup": "0::/\n",

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ._core import DTYPE_CODES
 from .checkpoint import CheckpointIndex, TensorEntry
 from .errors import CheckpointError, UnsupportedModelError
 from .families import Family, ModelSkeleton
 
+# What experts may be stored and computed in, and how safetensors calls it.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class ExpertTensors:
         `segments` are those of an ExpertLayout: (name, dtype, offset in the slot, bytes).
         """
         table = {
-            name: (offset_bytes, _DTYPE_BYTES[dtype]) for name, dtype, offset_bytes, _ in segments
+            name: (offset_bytes, DTYPES[dtype].itemsize)
+            for name, dtype, offset_bytes, _ in segments
         }
         rows = []
         for row in self.parts:
@@ -93,7 +96,7 @@ def locate_experts(
             f"{path}: some layers store their experts fused and others one by one. Save the model "
             "again with transformers' save_pretrained."
         )
-    num_bytes = sum(part.num_elements * _DTYPE_BYTES[part.dtype] for row in rows for part in row)
+    num_bytes = sum(part.num_elements * DTYPES[part.dtype].itemsize for row in rows for part in row)
     return ExpertTensors(rows, num_bytes)
 
 
@@ -147,7 +150,7 @@ class _Layer:
             self._check_shape(segment, entry, (num_experts, *shape))
             num_elements = prod(shape)
             for expert, row in enumerate(rows):
-                offset = entry.offset + expert * num_elements * _DTYPE_BYTES[dtype]
+                offset = entry.offset + expert * num_elements * DTYPES[dtype].itemsize
                 row.append(ExpertPart(entry.file_index, offset, segment, 0, num_elements, dtype))
         self._refuse_others(set(self.skeleton.segment_shapes))
         return rows

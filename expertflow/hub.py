@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UnsupportedModelError
+from .unsupported import GGUF_REFUSAL
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -46,7 +47,7 @@ def find_config_file(path: str | os.PathLike[str], hub_arguments: dict[str, Any]
 
     name = os.fspath(path)
     if name.endswith(".gguf"):
-        raise UnsupportedModelError(_GGUF.format(name))
+        raise UnsupportedModelError(f"{name}: {GGUF_REFUSAL}")
     if Path(name).is_file():
         raise NotADirectoryError(f"{name} is a file; give the directory that holds config.json.")
     if not Path(name).is_dir() and (isinstance(path, os.PathLike) or _is_local_path(name)):
@@ -102,12 +103,6 @@ def _default_names(variant: str | None) -> list[str]:
     return [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"]
 
 
-_GGUF = (
-    "{}: GGUF files are not supported. Use the model's safetensors checkpoint in bfloat16, float16 "
-    "or float32."
-)
-
-
 def _is_local_path(name: str) -> bool:
     """Whether a name can only be meant as a path: not "model" and not "organization/model"."""
     return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or "\\" in name
@@ -128,7 +123,7 @@ def _no_weights(name: str, names: list[str], arguments: dict[str, Any]) -> Excep
     directory = Path(name, arguments.get("subfolder") or "")
     present = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     if any(file.endswith(".gguf") for file in present):
-        return UnsupportedModelError(_GGUF.format(name))
+        return UnsupportedModelError(f"{name}: {GGUF_REFUSAL}")
     if others := sorted(file for file in present if file.endswith((".bin", ".pt", ".pth", ".h5"))):
         return UnsupportedModelError(
             f"{name}: no {wanted}, only {others[0]}. ExpertFlow reads safetensors; convert with "

@@ -39,7 +39,7 @@ def from_pretrained(
     cache_scope: str = "global",
     pool: str = "ram",
     device: str | torch.device = "cpu",
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
     progress: bool = True,
@@ -60,7 +60,7 @@ def from_pretrained(
         cache_scope: "global", or "layer" for the same number of slots in every layer.
         pool: where the other experts wait: "ram", or "file" to read them from the checkpoint.
         device: "cpu".
-        dtype: "auto" (the checkpoint's), float32, bfloat16 or float16; experts are converted
+        dtype: "auto" or None (the checkpoint's), float32, bfloat16 or float16; experts are converted
             while they are read.
         ram_limit: memory to assume to be available, instead of what system and cgroup say.
         num_threads: threads that fetch experts.

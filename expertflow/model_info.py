@@ -15,13 +15,11 @@ import torch
 from ._core import ExpertLayout, min_slots
 from .checkpoint import CheckpointIndex, read_checkpoint_index
 from .errors import CheckpointError, UnsupportedModelError
-from .expert_tensors import DTYPE_NAMES, ExpertTensors, locate_experts
+from .expert_tensors import DTYPE_NAMES, DTYPES, ExpertTensors, locate_experts
 from .families import Family, ModelSkeleton, build_skeleton, find_family
 from .hub import ModelFiles, find_config_file, find_model_files, pop_hub_arguments
 from .memory import available_memory
-from .unsupported import refuse_quantized
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from .unsupported import GGUF_REFUSAL, refuse_quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ class ModelInfo:
 def model_info(
     path: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
     ram_limit: str | float | int | None = None,
     **transformers_kwargs: Any,
 ) -> ModelInfo:
@@ -116,7 +114,7 @@ def model_info(
 
 
 def open_model(
-    path: str | os.PathLike[str], dtype: str | torch.dtype, arguments: Mapping[str, Any]
+    path: str | os.PathLike[str], dtype: str | torch.dtype | None, arguments: Mapping[str, Any]
 ) -> OpenedModel:
     """Find a model, check that ExpertFlow can run it and locate its experts.
 
@@ -180,9 +178,7 @@ def _read_config(
 def _refuse_without_config(directory: Path, path: str) -> dict[str, Any]:
     files = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     if any(name.endswith(".gguf") for name in files):
-        raise UnsupportedModelError(
-            f"{path}: GGUF files are not supported. Use the model's safetensors checkpoint."
-        )
+        raise UnsupportedModelError(f"{path}: {GGUF_REFUSAL}")
     if "adapter_config.json" in files:
         raise UnsupportedModelError(
             f"{path}: an adapter, not a model. Load its base model with expertflow.from_pretrained "
@@ -216,15 +212,17 @@ def _check_other_tensors(index: CheckpointIndex, family: Family, skeleton: Model
             )
 
 
-def _model_dtype(dtype: str | torch.dtype, config: Any, experts: ExpertTensors) -> torch.dtype:
-    """The dtype to run in; "auto" is that of config.json or else of the checkpoint's experts."""
+def _model_dtype(
+    dtype: str | torch.dtype | None, config: Any, experts: ExpertTensors
+) -> torch.dtype:
+    """The dtype to run in; "auto" or None is that of config.json or else of the checkpoint's experts."""
     wanted = dtype
-    if dtype == "auto":
+    if dtype in (None, "auto"):
         wanted = getattr(config, "dtype", None) or experts.dtype
     name = str(wanted).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype={wanted!r} is not supported. Use {', '.join(_DTYPES)} or auto.")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"dtype={wanted!r} is not supported. Use {', '.join(DTYPES)} or auto.")
+    return DTYPES[name]
 
 
 def _expert_layout(skeleton: ModelSkeleton, dtype: torch.dtype) -> ExpertLayout:

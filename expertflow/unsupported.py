@@ -9,13 +9,17 @@ import torch
 
 from .errors import UnsupportedModelError
 
+GGUF_REFUSAL = (
+    "GGUF files are not supported. Use the model's safetensors checkpoint in bfloat16, float16 or "
+    "float32."
+)
 # Arguments of transformers that only make sense when transformers holds the experts itself.
 _REFUSED_ARGUMENTS = {
     "quantization_config": "quantization is not supported; experts are read in bfloat16, float16 "
     "or float32. Leave it out and use an unquantized checkpoint.",
     "load_in_4bit": "quantization is not supported. Leave it out.",
     "load_in_8bit": "quantization is not supported. Leave it out.",
-    "gguf_file": "GGUF files are not supported. Use the model's safetensors checkpoint.",
+    "gguf_file": GGUF_REFUSAL,
     "state_dict": "weights are read from the checkpoint's files. Save them with save_pretrained "
     "and give the directory.",
     "tp_plan": "tensor parallelism is not supported. Leave it out.",
@@ -57,12 +61,12 @@ def refuse_arguments(device: Any, device_map: Any, arguments: Mapping[str, Any])
 
 
 def _refuse_device(device: Any, name: str) -> None:
-    text = str(device)
-    if text == "cpu":
+    kind, _, index = str(device).partition(":")
+    if kind == "cpu" and index in ("", "0"):
         return
-    if isinstance(device, int) or text.partition(":")[0] == "cuda":
+    if isinstance(device, int) or kind == "cuda":
         raise UnsupportedModelError(
-            f'{name}={device!r}: the CUDA backend is not in this build. Use "cpu".'
+            f'{name}={device!r}: ExpertFlow cannot run on CUDA yet. Use "cpu".'
         )
     raise UnsupportedModelError(f'{name}={device!r} is not supported. Use "cpu".')
 

@@ -123,6 +123,8 @@ def test_dtype_auto_is_that_of_the_checkpoint(tmp_path):
     assert load(tmp_path).dtype == torch.bfloat16
     tiny_models.edit_config(tmp_path, dtype=None)
     assert load(tmp_path).dtype == torch.bfloat16
+    assert load(tmp_path, dtype=None).dtype == torch.bfloat16
+    assert load(tmp_path, torch_dtype=None).dtype == torch.bfloat16
     assert load(tmp_path, torch_dtype="float32").dtype == torch.float32
 
 
@@ -284,12 +286,13 @@ def test_memory_is_freed_with_the_model(qwen_path):
         ({"tp_plan": "auto"}, ["tp_plan", "tensor parallel"]),
         ({"tp_size": 2}, ["tp_size"]),
         ({"device_map": "auto"}, ["device_map='auto'"]),
-        ({"device_map": {"": "cuda"}}, ["device_map='cuda'", "CUDA backend"]),
+        ({"device_map": {"": "cuda"}}, ["device_map='cuda'", "CUDA"]),
         ({"device_map": {"model": "cpu", "lm_head": "disk"}}, ["device_map", "offload"]),
         ({"device_map": 0}, ["device_map=0", "CUDA"]),
-        ({"device": "cuda"}, ["device='cuda'", "CUDA backend is not in this build"]),
-        ({"device": torch.device("cuda", 1)}, ["CUDA backend is not in this build"]),
+        ({"device": "cuda"}, ["device='cuda'", "cannot run on CUDA yet"]),
+        ({"device": torch.device("cuda", 1)}, ["cannot run on CUDA yet"]),
         ({"device": "mps"}, ["device='mps'"]),
+        ({"device": "cpu:1"}, ["device='cpu:1'"]),
         ({"offload_folder": "/tmp/x"}, ["offload_folder", 'pool="file"']),
         ({"max_memory": {"cpu": "1GiB"}}, ["max_memory"]),
         ({"experts_implementation": "grouped_mm"}, ["experts_implementation"]),
@@ -303,13 +306,22 @@ def test_argument_that_cannot_be_honoured_is_named(qwen_path, arguments, words):
     check_refused(qwen_path, *words, **arguments)
 
 
-@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}, torch.device("cpu")])
+ONE_CPU = ["cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)]
+
+
+@pytest.mark.parametrize("device_map", [None, *ONE_CPU, {"": "cpu"}, {"": "cpu:0"}])
 def test_device_map_of_one_cpu_is_allowed(qwen_path, device_map):
-    assert load(qwen_path, device_map=device_map).device.type == "cpu"
+    model = load(qwen_path, device_map=device_map)
+    assert logits(model).device == model.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ONE_CPU)
+def test_device_of_one_cpu_is_allowed(qwen_path, device):
+    assert load(qwen_path, device=device).device == torch.device("cpu")
 
 
 def test_cuda_is_refused_for_a_missing_model_too():
-    check_refused("/no/such/model", "CUDA backend", device="cuda")
+    check_refused("/no/such/model", "CUDA", device="cuda")
 
 
 def test_quantized_checkpoint_is_refused(own_path):

@@ -142,8 +142,8 @@ def open_model(
         )
     skeleton = build_skeleton(config, family, files.path)
     index = read_checkpoint_index(files.weights_file)
+    experts = locate_experts(index, family, skeleton, files.path)  # first: it knows their number
     _check_other_tensors(index, family, skeleton)
-    experts = locate_experts(index, family, skeleton, files.path)
     model_dtype = _model_dtype(dtype, config, experts)
     return OpenedModel(
         files=files,

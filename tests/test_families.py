@@ -197,26 +197,8 @@ def test_wrong_dtype_outside_the_experts_is_named(mixtral):
 def test_expert_count_that_disagrees_with_the_config_is_named(tmp_path, num_experts, fused):
     tiny_models.make_checkpoint("olmoe", tmp_path, fused=fused)
     tiny_models.edit_config(tmp_path, num_experts=num_experts)
-    # The router would disagree as well.
-    tiny_models.rewrite_tensors(
-        tmp_path,
-        lambda tensors: tensors.update(
-            {
-                name: torch.zeros(num_experts, 32)
-                for name in tensors
-                if name.endswith("mlp.gate.weight")
-            }
-        ),
-    )
     words = (f"config.json says {num_experts} experts", "checkpoint has 8", "layers.0.mlp.experts")
     check_refused(tmp_path, *words, tmp_path)
-
-
-def test_expert_count_alone_disagrees(tmp_path):
-    tiny_models.make_checkpoint("olmoe", tmp_path)
-    tiny_models.edit_config(tmp_path, num_experts=6)
-    with pytest.raises(CheckpointError, match="6"):
-        opened(tmp_path)
 
 
 def test_tensors_that_no_expert_has_are_refused(mixtral):

@@ -6,28 +6,72 @@ from dataclasses import dataclass
 
 from ._core import min_slots
 from .memory import AvailableMemory, check_ram, format_size, parse_size
-from .model_info import OpenedModel
 
 POLICIES = ("decayed_frequency", "lru", "two_level_lru", "on_demand")
 
 
 @dataclass(frozen=True, slots=True)
-class CacheSize:
-    """The memory of a model: its pool, its cache and the rest, in bytes."""
+class ModelSizes:
+    """What a model's memory depends on, whatever its cache."""
 
+    path: str
+    num_layers: int  # with experts
+    num_experts: int  # per layer
+    top_k: int
+    slot_bytes: int  # of one expert in the cache
+    pool_bytes_per_expert: int  # in a RAM pool
+    other_bytes: int  # everything that is not an expert
+
+    @property
+    def num_experts_total(self) -> int:
+        """Experts of all layers together."""
+        return self.num_layers * self.num_experts
+
+    @property
+    def expert_bytes_total(self) -> int:
+        """All experts in slots."""
+        return self.num_experts_total * self.slot_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        """All experts in a RAM pool."""
+        return self.num_experts_total * self.pool_bytes_per_expert
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """A cache of a model, and the memory of both, in bytes."""
+
+    model: ModelSizes
     num_slots: int
-    cache_bytes: int
-    pool_bytes: int  # 0 for the file pool
-    other_bytes: int
+    pool: str
+    policy: str
+    scope: str
+
+    @property
+    def cache_bytes(self) -> int:
+        """Slots; none if the RAM pool itself serves as the cache.
+
+        It does when every expert has a slot and the policy lets it stay there.
+        """
+        is_whole = self.num_slots == self.model.num_experts_total
+        if self.pool == "ram" and is_whole and self.policy != "on_demand":
+            return 0
+        return self.num_slots * self.model.slot_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        """RAM pool; none if the pool is the checkpoint's files."""
+        return self.model.pool_bytes if self.pool == "ram" else 0
 
     @property
     def needed_bytes(self) -> int:
-        """All of it."""
-        return self.cache_bytes + self.pool_bytes + self.other_bytes
+        """All of the model."""
+        return self.cache_bytes + self.pool_bytes + self.model.other_bytes
 
 
 def size_cache(
-    model: OpenedModel, expert_cache: str | float | int, pool: str, policy: str, scope: str
+    model: ModelSizes, expert_cache: str | float | int, pool: str, policy: str, scope: str
 ) -> CacheSize:
     """Turn `expert_cache` into slots; more than all experts is the same as "100%".
 
@@ -36,46 +80,10 @@ def size_cache(
     """
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r} is unknown. Use one of: {', '.join(POLICIES)}.")
-    skeleton, slot_bytes = model.skeleton, int(model.layout.slot_bytes)
-    num_layers, num_experts_total = len(skeleton.moe_layers), skeleton.num_experts_total
-    num_slots = count_slots(
-        expert_cache, slot_bytes, num_layers, skeleton.num_experts, skeleton.top_k, scope
-    )
-    return CacheSize(
-        num_slots=num_slots,
-        cache_bytes=slots_memory(num_slots, num_experts_total, slot_bytes, pool == "ram", policy),
-        pool_bytes=model.pool_bytes if pool == "ram" else 0,
-        other_bytes=model.other_bytes,
-    )
-
-
-def slots_memory(
-    num_slots: int, num_experts_total: int, slot_bytes: int, ram_pool: bool, policy: str
-) -> int:
-    """Bytes that slots take; none if the RAM pool itself serves as the cache.
-
-    It does when every expert has a slot and the policy lets it stay there.
-    """
-    aliases_pool = ram_pool and num_slots == num_experts_total and policy != "on_demand"
-    return 0 if aliases_pool else num_slots * slot_bytes
-
-
-def count_slots(
-    expert_cache: str | float | int,
-    slot_bytes: int,
-    num_layers: int,
-    num_experts: int,
-    top_k: int,
-    scope: str,
-) -> int:
-    """Turn the size of a cache into its slots; more than all experts is the same as "100%".
-
-    Raises ValueError for a size that does not parse or is smaller than the smallest legal one.
-    """
-    num_experts_total = num_layers * num_experts
-    asked_bytes = parse_size(expert_cache, num_experts_total * slot_bytes, "expert_cache")
-    num_slots = min(asked_bytes // slot_bytes, num_experts_total)
-    smallest = int(min_slots(num_layers, top_k, scope))
+    slot_bytes, top_k = model.slot_bytes, model.top_k
+    asked_bytes = parse_size(expert_cache, model.expert_bytes_total, "expert_cache")
+    num_slots = min(asked_bytes // slot_bytes, model.num_experts_total)
+    smallest = int(min_slots(model.num_layers, top_k, scope))
     if num_slots < smallest:
         each = " for each layer" if scope == "layer" else ""
         raise ValueError(
@@ -84,28 +92,50 @@ def count_slots(
             f"is {smallest} experts{each and f' ({top_k}{each})'}: "
             f"{smallest * slot_bytes} bytes ({format_size(smallest * slot_bytes)})."
         )
-    if scope == "layer":
-        num_slots -= num_slots % num_layers  # every layer gets the same number
-    return num_slots
+    return CacheSize(model, _whole_layers(num_slots, model, scope), pool, policy, scope)
 
 
-def check_cache_fits(model: OpenedModel, size: CacheSize, available: AvailableMemory) -> None:
+def largest_cache_bytes(
+    model: ModelSizes, pool: str, available_bytes: int, scope: str = "global"
+) -> int:
+    """The largest legal cache that fits beside `pool` and the rest of the model; 0 if none does.
+
+    Not counted is a cache of all experts that is the RAM pool itself: it fits wherever that does.
+    """
+    spare_bytes = available_bytes - model.other_bytes - (model.pool_bytes if pool == "ram" else 0)
+    num_slots = min(max(spare_bytes, 0) // model.slot_bytes, model.num_experts_total)
+    if num_slots < min_slots(model.num_layers, model.top_k, scope):
+        return 0
+    return _whole_layers(num_slots, model, scope) * model.slot_bytes
+
+
+def _whole_layers(num_slots: int, model: ModelSizes, scope: str) -> int:
+    """With scope "layer", every layer gets the same number of slots."""
+    return num_slots - num_slots % model.num_layers if scope == "layer" else num_slots
+
+
+def check_cache_fits(size: CacheSize, available: AvailableMemory, *, pool_is_fixed: bool) -> None:
     """Raise MemoryError, saying what would fit, if pool, cache and the rest do not."""
-    slot_bytes, top_k = int(model.layout.slot_bytes), model.skeleton.top_k
-    spare_bytes = available.num_bytes - model.other_bytes
-    options = []
-    if size.pool_bytes and size.cache_bytes and model.pool_bytes <= spare_bytes:
+    if size.needed_bytes <= available.num_bytes:
+        return
+    model, options = size.model, []
+    fits_pool = model.pool_bytes + model.other_bytes <= available.num_bytes
+    if size.pool == "ram" and size.policy != "on_demand" and fits_pool:
         options.append('expert_cache="100%" (then the pool itself is the cache)')
-    largest_bytes = min(spare_bytes // slot_bytes * slot_bytes, model.expert_bytes_total)
-    if largest_bytes >= top_k * slot_bytes:
-        options.append(f'pool="file" with expert_cache up to {format_size(largest_bytes)}')
+    for pool in dict.fromkeys([size.pool] if pool_is_fixed else [size.pool, "file"]):
+        num_bytes = largest_cache_bytes(model, pool, available.num_bytes, size.scope)
+        if num_bytes:
+            options.append(
+                f'pool="{pool}" with expert_cache up to {num_bytes} ({format_size(num_bytes)})'
+            )
     advice = f"What would fit: {', or '.join(options)}." if options else "No cache would fit."
     parts = [f"{format_size(size.pool_bytes)} expert pool"] if size.pool_bytes else []
     parts += [f"{format_size(size.cache_bytes)} expert cache"] if size.cache_bytes else []
-    parts.append(f"{format_size(size.other_bytes)} for the rest of the model")
+    parts.append(f"{format_size(model.other_bytes)} for the rest of the model")
     check_ram(
         size.needed_bytes,
         available,
-        f"{model.files.path} ({', '.join(parts)})",
-        f"{advice} ram_limit= overrides the amount that is taken to be available.",
+        f"{model.path} ({', '.join(parts)})",
+        f"{advice} ram_limit= of from_pretrained overrides the amount that is taken to be "
+        "available.",
     )

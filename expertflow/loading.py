@@ -60,8 +60,8 @@ def from_pretrained(
         cache_scope: "global", or "layer" for the same number of slots in every layer.
         pool: where the other experts wait: "ram", or "file" to read them from the checkpoint.
         device: "cpu".
-        dtype: "auto" or None (the checkpoint's), float32, bfloat16 or float16; experts are converted
-            while they are read.
+        dtype: "auto" or None (the checkpoint's), float32, bfloat16 or float16; experts are
+            converted while they are read.
         ram_limit: memory to assume to be available, instead of what system and cgroup say.
         num_threads: threads that fetch experts.
         progress: show progress bars.
@@ -87,15 +87,13 @@ def from_pretrained(
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
     model = open_model(path, dtype, arguments)
-    size = size_cache(model, expert_cache, pool, policy, cache_scope)
-    check_cache_fits(model, size, available_memory(ram_limit))
+    size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope)
+    check_cache_fits(size, available_memory(ram_limit), pool_is_fixed=False)
 
     streamed, loading_info = _load_without_experts(model, progress)
-    streamed.expert_cache = _open_cache(
-        model, size, pool, policy, cache_scope, num_threads, progress
-    )
+    streamed.expert_cache = _open_cache(model, size, num_threads, progress)
     _bind_experts(streamed, model)
-    streamed.ram_limit = ram_limit
+    streamed.sizes, streamed.ram_limit = model.sizes, ram_limit
     streamed.requires_grad_(False)
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
 
@@ -154,28 +152,22 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 
 
 def _open_cache(
-    model: OpenedModel,
-    size: CacheSize,
-    pool: str,
-    policy: str,
-    scope: str,
-    num_threads: int | None,
-    progress: bool,
+    model: OpenedModel, size: CacheSize, num_threads: int | None, progress: bool
 ) -> ExpertCache:
     """Fill or open the pool and put the cache before it."""
     layout, skeleton = model.layout, model.skeleton
     extents = model.experts.extents(layout.segments)
     source = CheckpointSource([str(file) for file in model.index.files], layout, extents)
     return ExpertCache(
-        _filled_pool(model, source, num_threads, progress) if pool == "ram" else source,
+        _filled_pool(model, source, num_threads, progress) if size.pool == "ram" else source,
         layout,
         dict(skeleton.segment_shapes),
         len(skeleton.moe_layers),
         skeleton.num_experts,
         skeleton.top_k,
         num_slots=size.num_slots,
-        policy=policy,
-        scope=scope,
+        policy=size.policy,
+        scope=size.scope,
         num_threads=num_threads,
     )
 

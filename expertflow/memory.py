@@ -75,15 +75,17 @@ def format_size(num_bytes: int) -> str:
 
 
 def available_memory(
-    ram_limit: str | float | int | None = None, root: Path = Path("/")
+    ram_limit: str | float | int | None = None, *, held_bytes: int = 0, root: Path = Path("/")
 ) -> AvailableMemory:
     """What this process may still allocate: the machine's free memory and every cgroup limit.
 
     Page cache counts as free, because the kernel drops it on demand. `ram_limit` (a size, or a
-    fraction of what is available) replaces the measurement. `root` is where proc and sys lie.
+    fraction of what is available) replaces the measurement. `held_bytes` are in use already, but
+    by what the answer is asked for. `root` is where proc and sys lie.
     """
     limits = [_machine_memory(root), *_cgroup_memory(root)]
-    measured = min(limits, key=lambda memory: memory.num_bytes)
+    free = min(limits, key=lambda memory: memory.num_bytes)
+    measured = AvailableMemory(free.num_bytes + held_bytes, free.source)
     if ram_limit is None:
         return measured
     return AvailableMemory(parse_size(ram_limit, measured.num_bytes, "ram_limit"), "ram_limit")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ._core import ExpertLayout, min_slots
+from .cache_size import ModelSizes, largest_cache_bytes
 from .checkpoint import CheckpointIndex, read_checkpoint_index
 from .errors import CheckpointError, UnsupportedModelError
 from .expert_tensors import DTYPE_NAMES, DTYPES, ExpertTensors, locate_experts
@@ -37,19 +38,18 @@ class OpenedModel:
     layout: ExpertLayout  # of one expert in that dtype
 
     @property
-    def expert_bytes_total(self) -> int:
-        """All experts in slots."""
-        return self.skeleton.num_experts_total * int(self.layout.slot_bytes)
-
-    @property
-    def pool_bytes(self) -> int:
-        """All experts in a RAM pool."""
-        return self.skeleton.num_experts_total * int(self.layout.pool_bytes_per_expert)
-
-    @property
-    def other_bytes(self) -> int:
-        """Everything that is not an expert."""
-        return sum(map(prod, self.skeleton.other_shapes.values())) * self.dtype.itemsize
+    def sizes(self) -> ModelSizes:
+        """What its memory depends on."""
+        num_other_elements = sum(map(prod, self.skeleton.other_shapes.values()))
+        return ModelSizes(
+            path=self.files.path,
+            num_layers=len(self.skeleton.moe_layers),
+            num_experts=self.skeleton.num_experts,
+            top_k=self.skeleton.top_k,
+            slot_bytes=self.layout.slot_bytes,
+            pool_bytes_per_expert=self.layout.pool_bytes_per_expert,
+            other_bytes=num_other_elements * self.dtype.itemsize,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class ModelInfo:
     ram_available_bytes: int
     ram_source: str  # what limits the memory
     fits_ram_pool: bool  # pool="ram" fits; a cache of 100 % is then the pool itself
-    largest_cache_bytes: int  # that fits with pool="file"
+    largest_ram_pool_cache_bytes: int  # that fits beside it, of any other share; 0 if none does
+    largest_cache_bytes: int  # that fits with pool="file"; 0 if none does
 
 
 def model_info(
@@ -86,30 +87,29 @@ def model_info(
     Raises what `from_pretrained` raises for a model that cannot be run.
     """
     model = open_model(path, dtype, transformers_kwargs)
-    skeleton, slot_bytes = model.skeleton, int(model.layout.slot_bytes)
-    memory = available_memory(ram_limit)
-    spare_bytes = max(memory.num_bytes - model.other_bytes, 0)
-    num_layers = len(skeleton.moe_layers)
+    sizes, memory = model.sizes, available_memory(ram_limit)
     smallest, smallest_layer = (
-        min_slots(num_layers, skeleton.top_k, scope) * slot_bytes for scope in ("global", "layer")
+        min_slots(sizes.num_layers, sizes.top_k, scope) * sizes.slot_bytes
+        for scope in ("global", "layer")
     )
     return ModelInfo(
-        path=model.files.path,
+        path=sizes.path,
         model_type=model.family.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
-        num_layers=skeleton.num_layers,
-        num_moe_layers=num_layers,
-        num_experts=skeleton.num_experts,
-        top_k=skeleton.top_k,
-        expert_bytes=slot_bytes,
-        expert_bytes_total=model.expert_bytes_total,
+        num_layers=model.skeleton.num_layers,
+        num_moe_layers=sizes.num_layers,
+        num_experts=sizes.num_experts,
+        top_k=sizes.top_k,
+        expert_bytes=sizes.slot_bytes,
+        expert_bytes_total=sizes.expert_bytes_total,
         smallest_cache_bytes=smallest,
         smallest_layer_cache_bytes=smallest_layer,
-        other_bytes=model.other_bytes,
+        other_bytes=sizes.other_bytes,
         ram_available_bytes=memory.num_bytes,
         ram_source=memory.source,
-        fits_ram_pool=model.pool_bytes <= spare_bytes,
-        largest_cache_bytes=min(spare_bytes // slot_bytes * slot_bytes, model.expert_bytes_total),
+        fits_ram_pool=sizes.pool_bytes + sizes.other_bytes <= memory.num_bytes,
+        largest_ram_pool_cache_bytes=largest_cache_bytes(sizes, "ram", memory.num_bytes),
+        largest_cache_bytes=largest_cache_bytes(sizes, "file", memory.num_bytes),
     )
 
 
@@ -215,7 +215,7 @@ def _check_other_tensors(index: CheckpointIndex, family: Family, skeleton: Model
 def _model_dtype(
     dtype: str | torch.dtype | None, config: Any, experts: ExpertTensors
 ) -> torch.dtype:
-    """The dtype to run in; "auto" or None is that of config.json or else of the checkpoint's experts."""
+    """The dtype to run in; "auto" is that of config.json or else of the checkpoint's experts."""
     wanted = dtype
     if dtype in (None, "auto"):
         wanted = getattr(config, "dtype", None) or experts.dtype

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ._core import RamPool
-from .cache_size import count_slots, slots_memory
+from .cache_size import CacheSize, ModelSizes, check_cache_fits, size_cache
 from .errors import UnsupportedModelError
 from .experts import StreamedExperts, streamed_class
 from .families import ModelSkeleton, model_class_lock
-from .memory import available_memory, check_ram
+from .memory import available_memory
 from .unsupported import refuse_conversion
 
 
@@ -32,6 +32,7 @@ class StreamedModel:
     experts_class: type[Any]  # in transformers
     expert_checkpoint: str = ""  # where the experts are read from
     expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
+    sizes: ModelSizes
     ram_limit: str | float | int | None = None  # as given to from_pretrained
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +47,11 @@ class StreamedModel:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def set_expert_cache(
-        self, expert_cache: str | float | int, *, policy: str = "", cache_scope: str = ""
+        self,
+        expert_cache: str | float | int,
+        *,
+        policy: str | None = None,
+        cache_scope: str | None = None,
     ) -> None:
         """Replace the cache by an empty one of another size or policy; the pool stays as it is.
 
@@ -54,22 +59,24 @@ class StreamedModel:
         same ValueError and MemoryError; what is left out stays as it is.
         """
         old = self.expert_cache
-        policy, scope = policy or old.policy, cache_scope or old.scope
-        num_slots = count_slots(
-            expert_cache, old.slot_bytes, old.num_layers, old.num_experts, old.top_k, scope
-        )
-        num_experts_total = old.num_layers * old.num_experts
-        ram_pool = isinstance(old.source, RamPool)
-        check_ram(
-            slots_memory(num_slots, num_experts_total, old.slot_bytes, ram_pool, policy),
-            available_memory(self.ram_limit),
-            f"an expert cache of {num_slots} experts",
-            "Choose a smaller expert_cache.",
-        )
-        self.expert_cache = old.resized(num_slots, policy, scope)
+        policy = old.policy if policy is None else policy
+        scope = old.scope if cache_scope is None else cache_scope
+        pool = "ram" if isinstance(old.source, RamPool) else "file"
+        size = size_cache(self.sizes, expert_cache, pool, policy, scope)
+        available = available_memory(self.ram_limit, held_bytes=self._held_bytes(pool))
+        check_cache_fits(size, available, pool_is_fixed=True)
+        self.expert_cache = old.resized(size.num_slots, policy, scope)
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedExperts):
                 module.bind(self.expert_cache, module.layer_index)
+
+    def _held_bytes(self, pool: str) -> int:
+        """Memory that the model takes now. A slot takes none before its first expert arrives."""
+        old = self.expert_cache
+        size = CacheSize(self.sizes, old.num_slots, pool, old.policy, old.scope)
+        num_filled = sum(weights is not None for weights in old._slot_weights)
+        filled_bytes = min(num_filled * self.sizes.slot_bytes, size.cache_bytes)
+        return size.pool_bytes + filled_bytes + self.sizes.other_bytes
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, unless an adapter is loaded: then transformers saves only that."""

@@ -116,6 +116,7 @@ def test_model_info(tmp_path):
     assert info.other_bytes == 2 * (plain.num_parameters() - expert_parameters)
     assert info.ram_available_bytes == 1 << 30
     assert info.fits_ram_pool
+    assert info.largest_ram_pool_cache_bytes == info.expert_bytes_total
     assert info.largest_cache_bytes == info.expert_bytes_total
 
 
@@ -124,7 +125,10 @@ def test_model_info_when_memory_is_short(tmp_path):
     other_bytes = model_info(tmp_path).other_bytes
     info = model_info(tmp_path, ram_limit=other_bytes + 30_000)
     assert not info.fits_ram_pool
+    assert info.largest_ram_pool_cache_bytes == 0
     assert info.largest_cache_bytes == 3 * info.expert_bytes
+    info = model_info(tmp_path, ram_limit=other_bytes + 3 * info.expert_bytes - 1)
+    assert info.largest_cache_bytes == 0
 
 
 def test_experts_that_are_not_aligned_get_aligned_slots(tmp_path):
@@ -132,7 +136,7 @@ def test_experts_that_are_not_aligned_get_aligned_slots(tmp_path):
     model = opened(tmp_path)
     assert all(offset % 256 == 0 for _, _, offset, _ in model.layout.segments)
     elements = sum(map(prod, model.skeleton.segment_shapes.values()))
-    assert model.experts.num_bytes == 4 * 24 * elements < model.expert_bytes_total
+    assert model.experts.num_bytes == 4 * 24 * elements < model.sizes.expert_bytes_total
 
 
 # What is wrong with a checkpoint

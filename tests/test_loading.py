@@ -262,6 +262,28 @@ def test_cache_of_all_experts_is_the_ram_pool_itself(qwen_path):
     check_refused(qwen_path, 'expert_cache="100%"', ram_limit=limit, error=MemoryError)
 
 
+def test_what_model_info_says_would_fit_does(qwen_path):
+    info = model_info(qwen_path)
+    pool_bytes = 24 * -(-info.expert_bytes // 4096) * 4096
+    for pool, num_slots in (("file", 5), ("ram", 0), ("ram", 7)):
+        limit = info.other_bytes + (num_slots + 1) * info.expert_bytes - 1
+        limit += pool_bytes if pool == "ram" else 0
+        info = model_info(qwen_path, ram_limit=limit)
+        largest = {"ram": info.largest_ram_pool_cache_bytes, "file": info.largest_cache_bytes}[pool]
+        assert largest == num_slots * info.expert_bytes
+        arguments = {"pool": pool, "ram_limit": limit}
+        if largest:
+            assert load(qwen_path, expert_cache=largest, **arguments)
+            words = [f'pool="{pool}" with expert_cache up to {largest} ']
+        else:
+            words = ['expert_cache="100%"', 'pool="file"']
+        larger = max(largest, info.smallest_cache_bytes) + info.expert_bytes
+        check_refused(qwen_path, *words, expert_cache=larger, **arguments, error=MemoryError)
+        if pool == "ram":
+            assert info.fits_ram_pool
+            assert load(qwen_path, expert_cache="100%", **arguments)
+
+
 def test_memory_is_freed_with_the_model(qwen_path):
     model = load(qwen_path)
     cache = weakref.ref(model.expert_cache)

@@ -147,8 +147,15 @@ def test_usage_above_the_limit_leaves_nothing(tmp_path):
 def test_ram_limit_replaces_the_measurement(tmp_path):
     memory = available_memory("1MiB", root=write(tmp_path, MEMINFO))
     assert memory == AvailableMemory(1 << 20, "ram_limit")
+    assert available_memory("1MiB", held_bytes=7, root=tmp_path) == memory
     assert available_memory("50%", root=tmp_path).num_bytes == 8000 * 1024
     assert available_memory(64 * GIB, root=tmp_path).num_bytes == 64 * GIB
+
+
+def test_memory_that_the_asker_holds_counts_as_available(tmp_path):
+    root = write(tmp_path, MEMINFO)
+    assert available_memory(held_bytes=4096, root=root).num_bytes == 16004 * 1024
+    assert available_memory("50%", held_bytes=4096, root=root).num_bytes == 8002 * 1024
 
 
 def test_check_ram_says_what_is_needed_and_what_is_there():

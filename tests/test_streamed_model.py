@@ -12,7 +12,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
-from expertflow import TransferError, UnsupportedModelError, from_pretrained
+from expertflow import (
+    TransferError,
+    UnsupportedModelError,
+    from_pretrained,
+    model_info,
+    streamed_model,
+)
+from expertflow.memory import AvailableMemory
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*target_parameters=",
@@ -239,3 +246,40 @@ def test_cache_can_be_replaced(model, path):
         assert torch.equal(logits(model), expected)
     with pytest.raises(ValueError, match="smallest legal"):
         model.set_expert_cache(1)
+
+
+@pytest.mark.parametrize("pool", ["ram", "file"])
+def test_memory_limit_holds_for_a_new_cache_too(path, pool):
+    info = model_info(path)
+    half = info.expert_bytes_total // 2
+    needed = info.other_bytes + half
+    if pool == "ram":
+        needed += 24 * -(-info.expert_bytes // 4096) * 4096
+    model = from_pretrained(path, expert_cache="50%", pool=pool, ram_limit=needed, progress=False)
+    expected = logits(model)
+    with pytest.raises(MemoryError, match=f"expert_cache up to {half} "):
+        model.set_expert_cache(half + info.expert_bytes)
+    assert model.expert_cache.num_bytes == half
+    for size in ("25%", half):
+        model.set_expert_cache(size)
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("pool", ["ram", "file"])
+def test_memory_of_the_old_cache_counts_for_the_new_one(path, pool, monkeypatch):
+    """With no memory left at all, what the old cache holds is enough for a smaller one."""
+    model = from_pretrained(path, expert_cache="50%", pool=pool, progress=False)
+
+    def none_left(ram_limit, held_bytes):
+        return AvailableMemory(held_bytes, "test")
+
+    monkeypatch.setattr(streamed_model, "available_memory", none_left)
+    with pytest.raises(MemoryError):
+        model.set_expert_cache("40%")  # no slot of the old one was filled yet
+    expected = logits(model)
+    for _ in range(20):
+        model(torch.randint(2, tiny_models.VOCAB_SIZE, (4, 16)))
+    with pytest.raises(MemoryError):
+        model.set_expert_cache("60%")
+    model.set_expert_cache("40%")
+    assert torch.equal(logits(model), expected)

@@ -9,6 +9,7 @@ from torch import Tensor
 import expertflow.experts
 from expertflow import ops
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 BACKENDS = ["eager", "aot_eager", "inductor"]
 # What `many_effects` calls.
 CALLS = ["plan", "wait", "wait", "prefetch", "prefetch"]
@@ -144,7 +145,7 @@ def test_whole_model(tiny_streamed, family, monkeypatch):
     expected = logits(use(model, EVERYTHING_CACHED), token_ids(9, 4))
     layers = list(range(model.expert_cache.num_layers))
     assert calls == layers
-    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for options in (SMALLEST, CacheOptions("50%", "lru")):
         use(model, options)
         for _ in range(2):

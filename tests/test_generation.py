@@ -23,6 +23,7 @@ WAYS = {
     "sampled beams": {"num_beams": 2, "do_sample": True},
     "several samples": {"do_sample": True, "num_return_sequences": 3},
     "without a KV cache": {"use_cache": False},
+    "static KV cache": {"cache_implementation": "static"},
     "prompt in chunks": {"prefill_chunk_size": 6},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
 }

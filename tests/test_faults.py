@@ -35,6 +35,14 @@ def expected(tiny_streamed):
     return generate(use(tiny_streamed("mixtral"), EVERYTHING_CACHED), PROMPTS, NEW_TOKENS)
 
 
+class Shards(dict):
+    """Contents by file, and when the files were last modified."""
+
+    def __init__(self, contents, modified):
+        super().__init__(contents)
+        self.modified = modified
+
+
 @pytest.fixture
 def shards(path):
     """The shards that hold experts, and what is in them."""
@@ -42,7 +50,8 @@ def shards(path):
     files = {name for line in index.splitlines() if ".experts." in line for name in line.split('"')}
     shards = {path / name: (path / name).read_bytes() for name in files if name.endswith("tensors")}
     assert len(shards) > 1
-    return shards
+    modified = {file: file.stat().st_mtime_ns for file in shards}
+    return Shards(shards, modified)
 
 
 def cut(shards):
@@ -51,9 +60,20 @@ def cut(shards):
 
 
 def restore(shards):
-    """Writes into the same files: those that the model has open."""
+    """Writes into the same files, those that the model has open, as if they had never changed."""
     for file, content in shards.items():
         file.write_bytes(content)
+        os.utime(file, ns=(shards.modified[file], shards.modified[file]))
+
+
+def test_shard_that_is_rewritten(model, shards, expected):
+    for file, content in shards.items():
+        header_bytes = 8 + int.from_bytes(content[:8], "little")
+        file.write_bytes(content[:header_bytes] + bytes(len(content) - header_bytes))
+    with pytest.raises(TransferError, match="changed while in use"):
+        generate(model, PROMPTS, NEW_TOKENS)
+    restore(shards)
+    assert torch.equal(generate(model, PROMPTS, NEW_TOKENS), expected)
 
 
 def test_shard_that_is_cut(model, shards, expected):

@@ -23,20 +23,25 @@ std::system_error SystemError(const std::string& what) {
 InputFile::InputFile(std::string path)
     : path_(std::move(path)), descriptor_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
   if (descriptor_ < 0) throw SystemError("cannot open " + path_);
+  modified_ = Status().st_mtim;
 }
 
 InputFile::InputFile(InputFile&& other) noexcept
-    : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)) {}
+    : path_(std::move(other.path_)),
+      descriptor_(std::exchange(other.descriptor_, -1)),
+      modified_(other.modified_) {}
 
 InputFile::~InputFile() {
   if (descriptor_ >= 0) close(descriptor_);
 }
 
-size_t InputFile::num_bytes() const {
+struct stat InputFile::Status() const {
   struct stat status{};
-  if (fstat(descriptor_, &status) != 0) throw SystemError("cannot ask for the size of " + path_);
-  return static_cast<size_t>(status.st_size);
+  if (fstat(descriptor_, &status) != 0) throw SystemError("cannot ask for the state of " + path_);
+  return status;
 }
+
+size_t InputFile::num_bytes() const { return static_cast<size_t>(Status().st_size); }
 
 void InputFile::ReadAt(size_t offset_bytes, std::span<std::byte> to) const {
   while (!to.empty()) {
@@ -50,6 +55,10 @@ void InputFile::ReadAt(size_t offset_bytes, std::span<std::byte> to) const {
     }
     to = to.subspan(static_cast<size_t>(got));
     offset_bytes += static_cast<size_t>(got);
+  }
+  const timespec modified = Status().st_mtim;  // after the read, so that no older bytes pass
+  if (modified.tv_sec != modified_.tv_sec || modified.tv_nsec != modified_.tv_nsec) {
+    throw std::runtime_error(path_ + " was changed while in use: load the model again");
   }
 }
 

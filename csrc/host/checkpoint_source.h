@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/stat.h>
+
 #include <cstdint>
 #include <span>
 #include <string>
@@ -32,17 +34,20 @@ class InputFile {
   const std::string& path() const { return path_; }
   size_t num_bytes() const;
   // Throws std::system_error if the system refuses, std::runtime_error if the file ends before `to`
-  // is full.
+  // is full or was written to since it was opened.
   void ReadAt(size_t offset_bytes, std::span<std::byte> to) const;
 
  private:
+  struct stat Status() const;
+
   std::string path_;
   int descriptor_;
+  timespec modified_;
 };
 
 // The file pool: reads experts from the checkpoint's own files when they are wanted. The files stay
-// open, so a checkpoint that is deleted or replaced meanwhile is still read as it was; one that is
-// cut is an error.
+// open, so a checkpoint that is deleted or replaced by another meanwhile is still read as it was;
+// one that is cut or written to is an error.
 class CheckpointSource : public ExpertSource {
  public:
   // `extents` [num_experts * extents_per_expert], those of one expert in ascending slot offset,

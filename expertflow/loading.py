@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 _POOLS = ("ram", "file")
 _POLL_SECONDS = 0.1
+# transformers' from_pretrained replaces PreTrainedModel.tie_weights while it runs; two at once
+# would leave it replaced for good.
+_transformers_lock = threading.Lock()
 
 
 def from_pretrained(
@@ -104,7 +108,7 @@ def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict
     ignore_mismatched = arguments.pop("ignore_mismatched_sizes", False)
     arguments.pop("output_loading_info", None)
     model_class = streamed_model_class(model.skeleton, model.files.path)
-    with _progress_bars(progress):
+    with _transformers_lock, _progress_bars(progress):
         streamed, info = model_class.from_pretrained(
             model.files.path,
             config=model.config,

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import expertflow
 from expertflow import (
@@ -458,9 +458,11 @@ def test_transformers_is_left_as_it_was(qwen_path, monkeypatch):
 
 
 def test_several_threads_may_load_at_once(qwen_path):
+    tie_weights = PreTrainedModel.tie_weights
     with ThreadPoolExecutor(4) as threads:
         models = list(threads.map(lambda _: load(qwen_path), range(8)))
     check_plain_model_is_plain(qwen_path)
+    assert PreTrainedModel.tie_weights is tie_weights, "transformers is left patched"
     expected = logits(models[0])
     assert all(torch.equal(logits(model), expected) for model in models)
 

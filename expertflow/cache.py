@@ -89,6 +89,7 @@ class ExpertCache:
         self.top_k = top_k
         self.num_slots = num_slots
         self.slot_bytes: int = layout.slot_bytes
+        self.dtype: torch.dtype = self._segments[0][1]
         self.policy = policy
         self.scope = scope
         self.decay = decay
@@ -129,7 +130,7 @@ class ExpertCache:
         for expert in range(num_layers * num_experts):
             memory = torch.from_numpy(pool.expert_memory(expert))
             for role, _, offset, num_bytes in layout.segments:
-                source = tensors[role].flatten(0, 1)[expert].contiguous()
+                source = tensors[role][divmod(expert, num_experts)].contiguous()
                 memory[offset : offset + num_bytes] = source.flatten().view(torch.uint8)
         return cls(
             pool, layout, shapes, num_layers, num_experts, top_k, num_slots=num_slots, **options

@@ -59,7 +59,7 @@ def compute_experts(
             weighted = partial * expert_weights[tokens].unsqueeze(-1)
             outputs.append(weighted.sum(dim=1).to(hidden_states.dtype))
     if not outputs:
-        return torch.zeros_like(hidden_states)
+        return hidden_states.new_zeros(hidden_states.shape)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -76,7 +76,7 @@ def _compute_block(
     rows = ops.plan(cache.handle, expert_ids, layer).tolist()
     if on_planned is not None:
         on_planned()
-    places = _places_by_expert(expert_ids, cache.num_experts)
+    places = _places_by_expert(expert_ids, len(rows), cache.num_experts)
     partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
     for index, (expert, slot, state, _, next_row) in enumerate(rows):
         if state != ops.HIT:
@@ -90,12 +90,12 @@ def _compute_block(
 
 
 def _places_by_expert(
-    expert_ids: Tensor, num_experts: int
+    expert_ids: Tensor, num_distinct: int, num_experts: int
 ) -> dict[int, Tensor] | tuple[Tensor, ...]:
     """Return for each expert where it stands in the flattened `expert_ids`, ascending."""
     flat = expert_ids.view(-1)
     order = flat.argsort(stable=True)
-    if expert_ids.shape[0] == 1:
+    if num_distinct == len(order):  # as for one token
         return dict(zip(flat[order].tolist(), order.split(1), strict=True))
     counts = torch.bincount(flat, minlength=num_experts)
     return order.split(counts.tolist())
@@ -183,9 +183,20 @@ class StreamedExperts(nn.Module):
             return _experts_op(
                 self.cache.handle, hidden_states, top_k_index, top_k_weights, self.layer_index
             )
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            return self._without_autocast(hidden_states, top_k_index, top_k_weights)
         return compute_experts(
             self.cache, self.layer_index, hidden_states, top_k_index, top_k_weights, self.expert_mlp
         )
+
+    def _without_autocast(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Compute in the dtype of the experts: casting them for each token would cost more."""
+        assert self.cache is not None
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            output = self.forward(hidden_states.to(self.cache.dtype), top_k_index, top_k_weights)
+        return output.to(hidden_states.dtype)
 
 
 @torch.library.custom_op("expertflow::experts", mutates_args=("cache",))
@@ -202,7 +213,7 @@ def _experts_op(
 def _(
     cache: Tensor, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor, layer: int
 ) -> Tensor:
-    return torch.empty_like(hidden_states)
+    return hidden_states.new_empty(hidden_states.shape)
 
 
 def streamed_class(original: type[nn.Module]) -> type[StreamedExperts]:

@@ -48,6 +48,8 @@ class MoELayer(nn.Module):
                 f"the router of layer {layer} scores {router_weight.shape[0]} experts, "
                 f"the cache has {cache.num_experts}"
             )
+        if not 0 <= layer < cache.num_layers:
+            raise ValueError(f"layer {layer} is not one of the cache's {cache.num_layers} layers")
         self.router = nn.Parameter(router_weight, requires_grad=False)
         self.cache = cache
         self.layer = layer

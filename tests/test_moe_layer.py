@@ -10,7 +10,8 @@ from random_experts import RandomExperts
 from streamed import DTYPES, POOLS
 from torch.nn import functional
 
-from expertflow import MoELayer
+from expertflow import ExpertCache, MoELayer
+from expertflow.experts import compute_experts
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, TOP_K = 3, 8, 16, 2
 TOKENS = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -176,18 +177,51 @@ def test_wrong_number_of_experts(experts):
 
 
 def test_layer_that_does_not_exist(experts):
-    with pytest.raises(IndexError, match="MoE layer 3"):
-        MoELayer(ROUTERS[0], experts.cache(6), 3)(TOKENS)
+    with pytest.raises(ValueError, match="layer 3 is not one of the cache's 3 layers"):
+        MoELayer(ROUTERS[0], experts.cache(6), 3)
 
 
 def test_works_without_transformers():
     script = """
 import sys
 sys.modules["transformers"] = None  # importing it fails
-from expertflow import MoELayer
+from expertflow import ExpertCache, MoELayer
+from expertflow.experts import compute_experts
 print(MoELayer.__name__)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout == "MoELayer\n", done.stderr
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_expert_that_is_routed_to_twice(num_tokens):
+    """A router of somebody else's may do so; each of the two weights counts."""
+    weights = torch.randn(1, NUM_EXPERTS, HIDDEN, HIDDEN)
+    cache = ExpertCache.from_tensors({"matrix": weights}, TOP_K, num_slots=TOP_K)
+    tokens = TOKENS[:num_tokens]
+    output = compute_experts(
+        cache,
+        0,
+        tokens,
+        torch.full((num_tokens, 2), 3),
+        torch.tensor([[0.25, 0.5]]).expand(num_tokens, 2),
+        lambda x, expert: x @ expert["matrix"],
+    )
+    torch.testing.assert_close(output, 0.75 * tokens @ weights[0, 3])
+
+
+def test_from_tensors_takes_tensors_that_are_not_contiguous():
+    weights = torch.randn(HIDDEN, HIDDEN, 2, NUM_EXPERTS).permute(3, 2, 0, 1).transpose(0, 1)
+    cache = ExpertCache.from_tensors({"matrix": weights}, TOP_K, num_slots=TOP_K)
+    for layer in range(2):
+        output = compute_experts(
+            cache,
+            layer,
+            TOKENS[:1],
+            torch.tensor([[5]]),
+            torch.ones(1, 1),
+            lambda x, expert: x @ expert["matrix"],
+        )
+        torch.testing.assert_close(output, TOKENS[:1] @ weights[layer, 5])

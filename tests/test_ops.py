@@ -46,8 +46,9 @@ def test_opcheck_experts(resident):
             return tokens @ weights["gate_up_proj"][:12].t() @ weights["down_proj"].t()
 
     resident.layers[1] = layer = Layer()
-    arguments = (torch.randn(2, 16), IDS, torch.rand(2, 2), 1)
-    torch.library.opcheck(OPS.experts.default, (resident.handle, *arguments))
+    for hidden in (torch.randn(2, 16), torch.randn(16, 2).t()):
+        arguments = (hidden, IDS, torch.rand(2, 2), 1)
+        torch.library.opcheck(OPS.experts.default, (resident.handle, *arguments))
     del layer
 
 

@@ -129,3 +129,15 @@ def test_bf16_logits(tmp_path, family):
 
 def test_bf16_logits_of_the_demo_model(tokenizer):
     check_bf16(DEMO_MODEL, [{"input_ids": tokenizer(TEXT, return_tensors="pt").input_ids}])
+
+
+def test_autocast(tiny_checkpoint, tiny_streamed):
+    """The experts keep their own dtype, so the error is at most that of everything in bf16."""
+    plain = load_plain(tiny_checkpoint("qwen3_moe"))
+    ids = {"input_ids": token_ids(2, 12, seed=5)["input_ids"]}
+    with torch.no_grad():
+        exact = plain(**ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            theirs = plain(**ids).logits.float()
+            ours = tiny_streamed("qwen3_moe")(**ids).logits.float()
+    assert relative_error(ours, exact) < max(2 * relative_error(theirs, exact), 0.05)

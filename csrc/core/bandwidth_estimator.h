@@ -14,7 +14,7 @@ class BandwidthEstimator {
   explicit BandwidthEstimator(double half_life_bytes = 64.0 * 1024 * 1024)
       : half_life_bytes_(half_life_bytes) {}
 
-  // A copy that began and ended at these times (any origin, ends not decreasing).
+  // A copy that began and ended at these times (any origin).
   void Record(size_t bytes, double begin_us, double end_us) {
     const double busy_us = end_us - std::max(begin_us, last_end_us_);
     last_end_us_ = std::max(last_end_us_, end_us);

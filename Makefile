@@ -101,5 +101,5 @@ $(PACKAGE): setup.py $(DONE)/build-tools
 # The package is there already: this adds what its extra asks for.
 $(DONE)/test-tools: $(PACKAGE)
 	@echo "Installing the test tools into $(VENV)"
-	$(PIP) "expertflow[test]"
+	$(PIP) --no-build-isolation --editable ".[test]"
 	touch $@

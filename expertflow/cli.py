@@ -3,18 +3,17 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from .cache import hit_rate
-from .errors import CudaError
-from .generation import Generation, generate
+from .cache_size import POLICIES
+from .generation import Generation, encode, generate
 from .loading import from_pretrained
 from .memory import format_size
 from .model_info import ModelInfo, model_info
-
-POLICIES = ("decayed_frequency", "lru", "two_level_lru", "on_demand")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read the output has gone: nothing more to say
         return 141
-    except (ValueError, OSError, MemoryError, NotImplementedError, CudaError) as error:
+    except (ValueError, OSError, MemoryError, NotImplementedError) as error:
         _say(f"expertflow: error: {error}")
         return 1
 
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("model", metavar="MODEL", help="directory or Hub id")
     run.add_argument("--prompt", required=True, metavar="TEXT|-", help="- reads standard input")
     run.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N")
-    run.add_argument("--temperature", type=float, default=0.0, help="default: greedy")
+    run.add_argument("--temperature", type=_not_negative, default=0.0, help="default: greedy")
     run.add_argument("--seed", type=int, default=0)
     _add_loading_options(run)
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -91,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="sizes of a model, and what would fit")
     info.add_argument("model", metavar="MODEL", help="directory or Hub id")
     info.add_argument("--dtype", default="auto")
+    info.add_argument("--ram-limit", metavar="SIZE", help="memory to assume to be available")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
     return parser
@@ -100,7 +100,7 @@ def _add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-cache", default="25%", metavar="SIZE", help='"25%%", "8GiB", ... (default 25%%)'
     )
-    parser.add_argument("--policy", choices=POLICIES, default=POLICIES[0])
+    parser.add_argument("--policy", choices=POLICIES, default="decayed_frequency")
     parser.add_argument("--cache-scope", choices=("global", "layer"), default="global")
     parser.add_argument("--pool", choices=("ram", "file"), default="ram")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -117,10 +117,20 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
 def _generate(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer, TextStreamer
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    model_info(options.model, dtype=options.dtype)  # before anything large is read
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    encode(tokenizer, prompt)
     model = from_pretrained(
         options.model,
         expert_cache=options.expert_cache,
@@ -132,13 +142,16 @@ def _generate(options: argparse.Namespace) -> int:
         ram_limit=options.ram_limit,
         progress=sys.stderr.isatty(),
     )
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
     sampling: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
         "seed": options.seed,
     }
-    streamer = None if options.json else TextStreamer(tokenizer, skip_prompt=True)
+    streamer = (
+        None
+        if options.json
+        else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     run = generate(model, tokenizer, prompt, **sampling, streamer=streamer)
     rows = [(run.policy, run)]
     if options.compare_on_demand:
@@ -162,7 +175,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    info = model_info(options.model, dtype=options.dtype)
+    info = model_info(options.model, dtype=options.dtype, ram_limit=options.ram_limit)
     if options.json:
         print(json.dumps(dataclasses.asdict(info)))  # noqa: T201
     else:
@@ -171,7 +184,11 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _describe(info: ModelInfo) -> str:
-    fits = "fits" if info.fits_ram_pool else "does not fit: use --pool file"
+    fits = "does not fit: use --pool file"
+    if info.fits_ram_pool:
+        fits = "fits with --expert-cache 100%, the pool itself"
+    if info.largest_ram_pool_cache_bytes:
+        fits = f"fits with a cache of up to {format_size(info.largest_ram_pool_cache_bytes)}"
     facts: dict[str, Any] = {
         "model": f"{info.path} ({info.model_type}, {info.dtype})",
         "layers": f"{info.num_layers}, {info.num_moe_layers} of them with experts",

@@ -14,7 +14,3 @@ class TransferError(OSError):
 
     The cache stays consistent: the same forward pass may be tried again.
     """
-
-
-class CudaError(RuntimeError):
-    """A CUDA call failed; the message has the call, file, line and sizes."""

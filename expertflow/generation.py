@@ -23,6 +23,7 @@ class Generation:
     expert_cache_bytes: int
     expert_pool_bytes: int
     policy: str
+    device: str
 
     @property
     def new_tokens(self) -> int:
@@ -54,8 +55,16 @@ class Generation:
             "expert_cache_bytes": self.expert_cache_bytes,
             "expert_pool_bytes": self.expert_pool_bytes,
             "policy": self.policy,
-            "device": "cpu",
+            "device": self.device,
         }
+
+
+def encode(tokenizer: Any, prompt: str) -> Any:
+    """Return the model's inputs for `prompt`; ValueError if it has no tokens."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token to continue")
+    return inputs
 
 
 def generate(
@@ -81,10 +90,8 @@ def generate(
         streamer: gets the tokens as they come, see transformers' TextStreamer.
         keep_logits: also return the logits of every new token.
     """
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = encode(tokenizer, prompt)
     prompt_tokens = inputs["input_ids"].shape[1]
-    if prompt_tokens == 0:
-        raise ValueError("the prompt is empty: give at least one token to continue")
     sampling: dict[str, Any] = {
         "do_sample": False,
         "temperature": None,
@@ -117,4 +124,5 @@ def generate(
         expert_cache_bytes=cache.num_bytes,
         expert_pool_bytes=cache.num_layers * cache.num_experts * cache.slot_bytes,
         policy=cache.policy,
+        device=str(model.device),
     )

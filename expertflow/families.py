@@ -13,8 +13,10 @@ from typing import Any
 
 from .errors import UnsupportedModelError
 
-# Held while a model is built: a StreamedModel then replaces the experts' class in transformers.
-model_class_lock = threading.Lock()
+# Held while transformers is imported, and builds or loads a model. Meanwhile it replaces methods of
+# its own classes and torch's default dtype, and we the class of the experts: two threads at once
+# would leave them replaced for good.
+transformers_lock = threading.RLock()
 
 # Parameter of an experts module -> the checkpoint's per-expert tensors that are stacked to make
 # it, e.g. rows of gate_proj and then rows of up_proj.
@@ -108,10 +110,12 @@ def build_skeleton(config: Any, family: Family, path: str) -> ModelSkeleton:
     Raises UnsupportedModelError if no layer has experts, or layers differ.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with model_class_lock, torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    with transformers_lock:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     experts = {
         name: module for name, module in model.named_modules() if name.endswith(".mlp.experts")
     }

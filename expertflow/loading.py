@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from .cache import ExpertCache
 from .cache_size import CacheSize, check_cache_fits, size_cache
 from .errors import CheckpointError
 from .experts import StreamedExperts
+from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
 from .streamed_model import streamed_model_class
@@ -30,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 _POOLS = ("ram", "file")
 _POLL_SECONDS = 0.1
-# transformers' from_pretrained replaces PreTrainedModel.tie_weights while it runs; two at once
-# would leave it replaced for good.
-_transformers_lock = threading.Lock()
 
 
 def from_pretrained(
@@ -51,8 +48,8 @@ def from_pretrained(
 ) -> Any:
     """Load an MoE model for `generate` without ever holding all of its experts in the cache.
 
-    Several threads may call it at once, but meanwhile no thread should build a model of the same
-    class by other means.
+    Several threads may call it at once, but meanwhile no thread should build or load a model by
+    other means.
 
     Args:
         path: a directory, or a Hub id with `revision`, `cache_dir`, `token`, `local_files_only`
@@ -108,7 +105,7 @@ def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict
     ignore_mismatched = arguments.pop("ignore_mismatched_sizes", False)
     arguments.pop("output_loading_info", None)
     model_class = streamed_model_class(model.skeleton, model.files.path)
-    with _transformers_lock, _progress_bars(progress):
+    with transformers_lock, _progress_bars(progress):
         streamed, info = model_class.from_pretrained(
             model.files.path,
             config=model.config,

@@ -17,7 +17,7 @@ from .cache_size import ModelSizes, largest_cache_bytes
 from .checkpoint import CheckpointIndex, read_checkpoint_index
 from .errors import CheckpointError, UnsupportedModelError
 from .expert_tensors import DTYPE_NAMES, DTYPES, ExpertTensors, locate_experts
-from .families import Family, ModelSkeleton, build_skeleton, find_family
+from .families import Family, ModelSkeleton, build_skeleton, find_family, transformers_lock
 from .hub import ModelFiles, find_config_file, find_model_files, pop_hub_arguments
 from .memory import available_memory
 from .unsupported import GGUF_REFUSAL, refuse_quantized
@@ -120,7 +120,8 @@ def open_model(
 
     `arguments` are transformers' own, those of `from_pretrained`. Reads config.json and headers.
     """
-    from transformers import AutoConfig
+    with transformers_lock:
+        from transformers import AutoConfig
 
     left = dict(arguments)
     hub_arguments = pop_hub_arguments(left)

@@ -16,7 +16,7 @@ from ._core import RamPool
 from .cache_size import CacheSize, ModelSizes, check_cache_fits, size_cache
 from .errors import UnsupportedModelError
 from .experts import StreamedExperts, streamed_class
-from .families import ModelSkeleton, model_class_lock
+from .families import ModelSkeleton, transformers_lock
 from .memory import available_memory
 from .unsupported import refuse_conversion
 
@@ -196,7 +196,7 @@ def _streamed_experts(experts_class: type[Any]) -> Iterator[None]:
     the class: that takes 0.4 s, and is not undone if building the model fails.
     """
     module, name = sys.modules[experts_class.__module__], experts_class.__name__
-    with model_class_lock:
+    with transformers_lock:
         setattr(module, name, streamed_class(experts_class))
         try:
             yield

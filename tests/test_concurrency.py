@@ -101,6 +101,39 @@ def test_two_models_in_one_process(tiny_streamed):
     assert models[0].expert_cache.handle[0] != models[1].expert_cache.handle[0]
 
 
+FIRST_LOADS = """
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from expertflow import from_pretrained
+from expertflow.demo import DEMO_MODEL
+
+def load(number):
+    dtype = [torch.float32, torch.bfloat16][number % 2]
+    return from_pretrained(DEMO_MODEL, expert_cache="25%", dtype=dtype, progress=False)
+
+with ThreadPoolExecutor(4) as threads:
+    models = list(threads.map(load, range(8)))
+assert torch.get_default_dtype() == torch.float32
+prompt = torch.arange(2, 22)[None]
+for kind in (models[::2], models[1::2]):
+    first, *others = [model(prompt).logits for model in kind]
+    assert all(torch.equal(other, first) for other in others)
+"""
+
+
+def run_script(script, *arguments):
+    """What a fresh Python process prints."""
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_first_loads_from_several_threads():
+    """While transformers is still being imported, and in two dtypes."""
+    run_script(FIRST_LOADS)
+
+
 FORK = """
 import gc, os, signal, sys, threading
 import torch
@@ -156,12 +189,8 @@ print("same" if torch.equal(generate(), before) else "different")
 @pytest.mark.parametrize("pool", ["ram", "file"])
 def test_fork(pool):
     """The child cannot use the model and says so, also when torch would hang; the parent can."""
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, pool], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
     refused = "RuntimeError this expert cache was made before a fork"
-    lines = [line[: len(refused)] for line in done.stdout.splitlines()]
+    lines = [line[: len(refused)] for line in run_script(FORK, pool).splitlines()]
     assert lines == [refused, refused, "done", refused, "done", refused, "same"]
 
 

@@ -59,7 +59,7 @@ class MoELayer(nn.Module):
 
     def route(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[tokens, hidden] -> weights and ids of each token's experts, both [tokens, k]."""
-        logits = functional.linear(hidden_states, self.router)
+        logits = functional.linear(hidden_states.to(self.router.dtype), self.router)
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
         weights, expert_ids = probabilities.topk(self.cache.top_k, dim=-1)
         if self.normalize:

@@ -195,6 +195,19 @@ print(MoELayer.__name__)
     assert done.stdout == "MoELayer\n", done.stderr
 
 
+def test_router_may_be_float32_in_a_bfloat16_model():
+    weights = {
+        "gate_up_proj": torch.randn(1, NUM_EXPERTS, 24, HIDDEN, dtype=torch.bfloat16),
+        "down_proj": torch.randn(1, NUM_EXPERTS, HIDDEN, 12, dtype=torch.bfloat16),
+    }
+    layer = MoELayer(ROUTERS[0], ExpertCache.from_tensors(weights, TOP_K, num_slots=TOP_K), 0)
+    routed, expert_ids = layer.route(TOKENS.bfloat16())
+    assert routed.dtype == torch.float32
+    scores = TOKENS.bfloat16().float() @ ROUTERS[0].t()
+    assert torch.equal(expert_ids, scores.topk(TOP_K).indices)
+    assert layer(TOKENS.bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_expert_that_is_routed_to_twice(num_tokens):
     """A router of somebody else's may do so; each of the two weights counts."""

@@ -70,6 +70,7 @@ class Planner {
   // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the
   // layer of the evicted expert); bytes and times by whoever moves the experts.
   LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
+  std::vector<LayerStatistics>& statistics() { return statistics_; }
   const std::vector<LayerStatistics>& statistics() const { return statistics_; }
   void ResetStatistics() { std::ranges::fill(statistics_, LayerStatistics{}); }
 

@@ -17,6 +17,7 @@ struct Chunk {
   ExpertIndex expert;
   size_t offset_bytes;
   size_t num_bytes;
+  TransferClass transfer_class;  // when it was handed out
 };
 
 // How a transfer stands once a chunk of it has ended.

@@ -82,6 +82,13 @@ void CacheControl::PostAll() {
   }
 }
 
+void CacheControl::CheckAllResident() const {
+  for (int32_t s = 0; s < table().num_slots; ++s) {
+    const auto& failure = failures_[static_cast<size_t>(s)];
+    if (failure) throw TransferError(ToId(table(), ExpertIndex{s}), *failure);
+  }
+}
+
 void CacheControl::PostRow(const PlanRow& row) {
   Post(row.slot, ExpertOf(row), TransferClass::kDemand, plan_->tick);
 }

@@ -65,8 +65,11 @@ class CacheControl {
   // must be empty and have a slot for every expert.
   void MakeAllResident();
   void PostAll();
+  // Throws TransferError if one of them could not be loaded.
+  void CheckAllResident() const;
 
   bool HasChunk() const { return queue_.HasNext(); }
+  bool HasTransfers() const { return !queue_.empty(); }
   bool NextIsDemand() const { return queue_.NextIsDemand(); }
   int32_t chunks_in_flight() const { return queue_.chunks_in_flight(); }
 

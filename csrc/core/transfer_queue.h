@@ -50,6 +50,8 @@ class TransferQueue {
   // kDropped for the last, whether they fail or not.
   bool Cancel(SlotId slot);
 
+  // Nothing is queued and nothing is out.
+  bool empty() const { return queued_.empty() && chunks_in_flight_ == 0; }
   bool HasNext() const { return !queued_.empty() && chunks_in_flight_ < max_chunks_in_flight_; }
   bool NextIsDemand() const { return HasNext() && !IsPrefetch(queued_.front()); }
 

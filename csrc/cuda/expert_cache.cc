@@ -52,7 +52,8 @@ void RefuseCapture(cudaStream_t stream) {
 }  // namespace
 
 ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const ExpertLayout& layout,
-                         const ExpertCacheOptions& options, int device)
+                         const ExpertCacheOptions& options, int device,
+                         const std::optional<ExpertMlpShape>& mlp)
     : source_(std::move(source)),
       pinned_pool_(DirectSource(*source_)),
       num_lanes_(pinned_pool_ != nullptr ? 1 : options.num_threads),
@@ -72,6 +73,7 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
   device_ = std::make_unique<Device>();
   device_->slots = DeviceMemory(num_slots * slot_bytes_,
                                 "an expert cache of " + std::to_string(num_slots) + " slots");
+  if (mlp) device_->mlp.emplace(*mlp);
   device_->arrivals.resize(num_slots);
   device_->uses.resize(kNumUses);
   try {

@@ -20,6 +20,7 @@
 #include "core/expert_source.h"
 #include "cuda/device_memory.h"
 #include "cuda/event.h"
+#include "cuda/expert_mlp.h"
 #include "cuda/id_readback.h"
 #include "cuda/pinned_pool.h"
 #include "cuda/stall_timer.h"
@@ -44,7 +45,8 @@ class ExpertCache {
   // once, each into the slot of its own number. Throws std::invalid_argument for options that do
   // not fit each other or the source, OutOfDeviceMemory, CudaError, TransferError.
   ExpertCache(std::shared_ptr<const ExpertSource> source, const ExpertLayout& layout,
-              const ExpertCacheOptions& options, int device);
+              const ExpertCacheOptions& options, int device,
+              const std::optional<ExpertMlpShape>& mlp = std::nullopt);
   // Copies in progress are finished, the rest is dropped. In a forked child the device's resources
   // are left alone.
   ~ExpertCache();
@@ -60,6 +62,7 @@ class ExpertCache {
   // The ids that the current plan was made for, on the host.
   std::span<const int64_t> routed_ids() const { return routed_ids_; }
   const Plan* plan() const { return control_.plan(); }
+  const std::optional<ExpertMlp>& mlp() const { return device_->mlp; }
 
   // What is enqueued on `stream` from now on finds the row's expert in its slot. Blocks the host
   // until the last chunk of it was submitted. Throws TransferError.
@@ -118,6 +121,7 @@ class ExpertCache {
     std::vector<CudaEvent> uses;      // a ring: the slots that refer to it were last used before
     IdReadback readback;
     StallTimer stalls;
+    std::optional<ExpertMlp> mlp;
     std::condition_variable work_posted;
   };
 

@@ -65,6 +65,7 @@ class ExpertMlp {
   // device cannot run the kernels.
   explicit ExpertMlp(const ExpertMlpShape& shape);
 
+  const ExpertMlpShape& shape() const { return shape_; }
   size_t WorkspaceBytes(int32_t num_pairs) const;
 
   // Enqueues on `stream` and returns; what it reads of `batch` on the host may be freed at once.

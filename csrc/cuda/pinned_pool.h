@@ -3,7 +3,9 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "core/expert_source.h"
@@ -18,11 +20,14 @@ namespace expertflow {
 class PinnedPool : public ExpertSource {
  public:
   // Pins nothing yet. Registrations are made on `device`, and serve every other one too.
-  PinnedPool(std::shared_ptr<RamPool> pool, int device);
+  PinnedPool(std::shared_ptr<RamPool> pool, int device, bool is_required);
 
-  // Pins the memory of experts `first` to `last`, exclusive. Thread-safe. Throws CudaError with the
-  // size if the system refuses, as it does beyond the limit of locked memory.
+  // Pins the memory of experts `first` to `last`, exclusive. Thread-safe. If the system refuses, as
+  // it does beyond the limit of locked memory: throws CudaError with the size if pinning is
+  // required, else nothing is pinned any more, and `failure` says why.
   void Pin(size_t first, size_t last);
+
+  std::optional<std::string> failure() const;
 
   // Whether all experts are pinned.
   bool is_pinned() const;
@@ -37,9 +42,11 @@ class PinnedPool : public ExpertSource {
  private:
   std::shared_ptr<RamPool> pool_;
   int device_;
-  mutable std::mutex mutex_;  // guards the two below
+  bool is_required_;
+  mutable std::mutex mutex_;  // guards the three below
   std::vector<HostRegistration> registrations_;
   size_t num_pinned_ = 0;  // experts
+  std::optional<std::string> failure_;
 };
 
 }  // namespace expertflow

@@ -19,7 +19,7 @@ Tensor PlanOp(Tensor cache, Tensor expert_ids, int64_t layer) {
   const auto owner = Unwrap<ExpertCache>(cache, Backend::kHost);
   const Plan& plan =
       owner->BeginLayer(Saturated(layer), Values(expert_ids), Saturated(expert_ids.size(0)));
-  return ToTensor(plan, cache);
+  return ToTensor(plan, Values(expert_ids), cache);
 }
 
 void WaitOp(Tensor cache, int64_t row) {
@@ -35,7 +35,7 @@ void ReleaseOp(Tensor cache, int64_t row) {
 }
 
 void PrefetchOp(Tensor cache, Tensor expert_ids, int64_t layer, int64_t distance) {
-  CheckIds(expert_ids);
+  CheckInt64Cpu(expert_ids, "expert_ids");
   const auto prefetch = [&](auto& owner) {
     owner.Prefetch(Saturated(layer), Values(expert_ids), Saturated(distance));
   };

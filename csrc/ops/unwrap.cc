@@ -1,6 +1,7 @@
 #include "ops/unwrap.h"
 
 #include <array>
+#include <vector>
 
 namespace expertflow::ops {
 
@@ -32,8 +33,13 @@ std::span<const int64_t> Values(const Tensor& tensor) {
           static_cast<size_t>(tensor.numel())};
 }
 
-Tensor ToTensor(const Plan& plan, const Tensor& handle) {
-  constexpr int64_t kColumns = 5;
+Tensor ToTensor(const Plan& plan, std::span<const int64_t> expert_ids, const Tensor& handle) {
+  constexpr int64_t kColumns = 6;
+  std::vector<int64_t> counts;  // of every expert in `expert_ids`
+  for (const int64_t id : expert_ids) {
+    if (id >= std::ssize(counts)) counts.resize(static_cast<size_t>(id) + 1);
+    ++counts[static_cast<size_t>(id)];
+  }
   Tensor rows =
       torch::stable::new_empty(handle, {static_cast<int64_t>(plan.rows.size()), kColumns});
   auto* out = static_cast<int64_t*>(rows.mutable_data_ptr());
@@ -42,6 +48,7 @@ Tensor ToTensor(const Plan& plan, const Tensor& handle) {
          std::array{row.expert, Index(row.slot), Index(row.state), row.wave, row.next_row}) {
       *out++ = value;
     }
+    *out++ = counts[static_cast<size_t>(row.expert)];
   }
   return rows;
 }

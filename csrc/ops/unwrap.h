@@ -56,7 +56,8 @@ void VisitCache(const Tensor& handle, OnHost on_host, [[maybe_unused]] OnCuda on
 // The values of a contiguous int64 CPU tensor.
 std::span<const int64_t> Values(const Tensor& tensor);
 
-// The rows of a plan, int64 [rows, 5] on the CPU; `handle` is any CPU tensor of that dtype.
-Tensor ToTensor(const Plan& plan, const Tensor& handle);
+// The rows of a plan that was made for `expert_ids`, int64 [rows, 6] on the CPU; `handle` is any
+// CPU tensor of that dtype.
+Tensor ToTensor(const Plan& plan, std::span<const int64_t> expert_ids, const Tensor& handle);
 
 }  // namespace expertflow::ops

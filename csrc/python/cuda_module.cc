@@ -1,7 +1,11 @@
 #include "python/cuda_module.h"
 
+#include <pybind11/stl.h>
+
 #ifdef EXPERTFLOW_WITH_CUDA
+#include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -18,32 +22,75 @@ namespace py = pybind11;
 
 using RegisteredCudaCache = RegisteredCache<cuda::ExpertCache, Backend::kCuda>;
 
-std::shared_ptr<RegisteredCudaCache> MakeCache(
-    std::shared_ptr<ExpertSource> source, const ExpertLayout& layout, int32_t num_layers,
-    int32_t num_experts, int32_t top_k, int32_t num_slots, const std::string& policy,
-    const std::string& scope, double decay, size_t chunk_bytes, int32_t num_threads, int device) {
+// What the decode kernels must know of the experts, from the names of their tensors: with biases
+// they are those of gpt-oss.
+ExpertMlpShape MlpShape(const ExpertLayout& layout, int32_t hidden) {
+  ExpertMlpShape shape{.kind = ExpertMlpKind::kStandard,
+                       .dtype = layout.segments().front().dtype,
+                       .hidden = hidden,
+                       .intermediate = 0,
+                       .slot_stride_bytes = layout.slot_bytes(),
+                       .gate_up_offset_bytes = 0,
+                       .down_offset_bytes = 0};
+  for (const Segment& segment : layout.segments()) {
+    if (segment.role == "gate_up_proj") shape.gate_up_offset_bytes = segment.offset_bytes;
+    if (segment.role == "gate_up_proj_bias") {
+      shape.gate_up_bias_offset_bytes = segment.offset_bytes;
+      shape.kind = ExpertMlpKind::kGptOss;
+    }
+    if (segment.role == "down_proj_bias") shape.down_bias_offset_bytes = segment.offset_bytes;
+    if (segment.role == "down_proj") {
+      shape.down_offset_bytes = segment.offset_bytes;
+      const size_t num_elements = segment.num_bytes / ElementBytes(segment.dtype);
+      shape.intermediate = static_cast<int32_t>(num_elements) / hidden;
+    }
+  }
+  return shape;
+}
+
+std::shared_ptr<RegisteredCudaCache> MakeCache(std::shared_ptr<ExpertSource> source,
+                                               const ExpertLayout& layout, int32_t num_layers,
+                                               int32_t num_experts, int32_t top_k,
+                                               int32_t num_slots, const std::string& policy,
+                                               const std::string& scope, double decay,
+                                               size_t chunk_bytes, int32_t num_threads, int device,
+                                               std::optional<int32_t> mlp_hidden) {
   const ExpertCacheOptions options =
       MakeCacheOptions(layout, num_layers, num_experts, top_k, num_slots, policy, scope, decay,
                        chunk_bytes, num_threads);
-  const py::gil_scoped_release unlocked;
-  return std::make_shared<RegisteredCudaCache>(
-      std::make_shared<cuda::ExpertCache>(std::move(source), layout, options, device));
+  std::optional<ExpertMlpShape> mlp;
+  if (mlp_hidden) mlp = MlpShape(layout, *mlp_hidden);
+  std::shared_ptr<cuda::ExpertCache> cache;
+  {
+    const py::gil_scoped_release unlocked;
+    cache = std::make_shared<cuda::ExpertCache>(std::move(source), layout, options, device, mlp);
+  }
+  return std::make_shared<RegisteredCudaCache>(std::move(cache));
 }
 
-// One slot for torch.as_tensor, which shares its memory.
-py::dict SlotInterface(RegisteredCudaCache& registered, int32_t slot) {
-  cuda::ExpertCache& cache = registered.cache();
-  if (slot < 0 || slot >= cache.num_slots()) throw py::index_error("no such slot");
+// All slots for torch.as_tensor, which shares their memory.
+py::dict SlotsInterface(RegisteredCudaCache& registered) {
   using py::literals::operator""_a;
-  const auto address = reinterpret_cast<uintptr_t>(cache.slot_data(SlotId{slot}));
-  return py::dict("shape"_a = py::make_tuple(cache.slot_bytes()), "typestr"_a = "|u1",
-                  "data"_a = py::make_tuple(address, false), "version"_a = 3);
+  const cuda::ExpertCache& cache = registered.cache();
+  const auto address = reinterpret_cast<uintptr_t>(cache.slot_data(SlotId{0}));
+  return py::dict("shape"_a = py::make_tuple(cache.num_slots(), cache.slot_bytes()),
+                  "typestr"_a = "|u1", "data"_a = py::make_tuple(address, false), "version"_a = 3);
+}
+
+void TranslateCudaError(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const CudaError& e) {
+    const py::object type = py::module_::import("expertflow.errors").attr("CudaError");
+    PyErr_SetString(type.ptr(), e.what());
+  }
 }
 
 void DefinePool(py::module_& m) {
   py::class_<PinnedPool, ExpertSource, std::shared_ptr<PinnedPool>>(m, "PinnedPool")
-      .def(py::init<std::shared_ptr<RamPool>, int>(), py::arg("pool"), py::arg("device"))
-      .def_property_readonly("is_pinned", &PinnedPool::is_pinned)
+      .def(py::init<std::shared_ptr<RamPool>, int, bool>(), py::arg("pool"), py::arg("device"),
+           py::arg("is_required"))
+      .def_property_readonly("failure", &PinnedPool::failure)
       .def("pin", &PinnedPool::Pin, py::arg("first"), py::arg("last"),
            py::call_guard<py::gil_scoped_release>())
       .def(
@@ -60,15 +107,15 @@ void DefinePool(py::module_& m) {
 }  // namespace
 
 void DefineCuda(py::module_& m) {
-  py::register_exception<CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::register_exception_translator(&TranslateCudaError);
   DefinePool(m);
   py::class_<RegisteredCudaCache, std::shared_ptr<RegisteredCudaCache>> cache_class(
       m, "CudaExpertCache");
   cache_class.def(py::init(&MakeCache), py::arg("source"), py::arg("layout"), py::arg("num_layers"),
                   py::arg("num_experts"), py::arg("top_k"), py::arg("num_slots"), py::arg("policy"),
                   py::arg("scope"), py::arg("decay"), py::arg("chunk_bytes"),
-                  py::arg("num_threads"), py::arg("device"));
-  cache_class.def("slot_interface", &SlotInterface, py::arg("slot"));
+                  py::arg("num_threads"), py::arg("device"), py::arg("mlp_hidden"));
+  cache_class.def("slots_interface", &SlotsInterface);
   DefineCacheProperties(cache_class);
 }
 

@@ -221,7 +221,7 @@ void ExpertMlp::Launch(const ExpertMlpBatch& batch, cudaStream_t stream) const {
   const int32_t max_pairs = MaxPairs(gate_up);
   const Variant* variant = variants_;
   while (variant->max_tokens < max_pairs) ++variant;
-  LaunchKernel(variant->gate_up, gate_up, num_multiprocessors_, variant->shared_bytes, false,
+  LaunchKernel(variant->gate_up, gate_up, num_multiprocessors_, variant->shared_bytes, overlaps_,
                stream);
   LaunchKernel(variant->down, down, num_multiprocessors_, variant->shared_bytes, overlaps_, stream);
 }

@@ -89,7 +89,9 @@ class ExpertMlp {
   ExpertMlpShape shape_;
   Variant variants_[kNumVariants];
   unsigned num_multiprocessors_ = 0;
-  bool overlaps_ = false;  // the down kernel loads weights while the gate-up kernel ends
+  // A kernel starts while the one before it ends. The gate-up kernel touches no memory until that
+  // one has ended; the down kernel loads weights before.
+  bool overlaps_ = false;
 };
 
 }  // namespace expertflow

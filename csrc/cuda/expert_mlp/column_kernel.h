@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
   const ColumnLayout<Scalar> layout(params);
   const int grid = static_cast<int>(gridDim.x);
   const int first_unit = static_cast<int>(blockIdx.x);
-  WeightStream<ColumnLayout<Scalar>, kStage> stream(params, layout, ring, first_unit, grid);
+  if constexpr (kStage == Stage::kGateUp) WaitForPrerequisites();
+  WeightStream stream(params, layout, ring, first_unit, grid);
   if constexpr (kStage == Stage::kDown) WaitForPrerequisites();
 
   const int num_units = params.num_passes * layout.num_units();

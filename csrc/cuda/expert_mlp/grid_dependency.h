@@ -1,7 +1,7 @@
 #pragma once
 
-// Programmatic dependent launch (compute capability 9.0): the down kernel may start before the
-// gate-up kernel has ended. Elsewhere kernels of a stream just follow each other.
+// Programmatic dependent launch (compute capability 9.0): a kernel may start before the one ahead
+// of it in the stream has ended. Elsewhere kernels of a stream just follow each other.
 
 namespace expertflow::mlp {
 

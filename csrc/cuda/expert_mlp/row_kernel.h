@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 4 ? 2 : 1)
   // Neighbouring units go to different multiprocessors, so that the last ones are spread evenly.
   const int grid = static_cast<int>(gridDim.x);
   const int first_unit = static_cast<int>(threadIdx.x) / 32 * grid + static_cast<int>(blockIdx.x);
-  WeightStream<RowLayout<Scalar, kStage>, kStage> stream(params, layout, ring, first_unit,
-                                                         kWarps * grid);
+  if constexpr (kStage == Stage::kGateUp) WaitForPrerequisites();
+  WeightStream stream(params, layout, ring, first_unit, kWarps * grid);
   if constexpr (kStage == Stage::kDown) WaitForPrerequisites();
 
   const int num_units = params.num_passes * layout.num_units();

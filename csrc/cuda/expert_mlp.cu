@@ -10,6 +10,7 @@
 #include "cuda/expert_mlp/column_kernel.h"
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/row_kernel.h"
+#include "cuda/overlapped_launch.h"
 
 namespace expertflow {
 namespace {
@@ -123,25 +124,6 @@ int32_t MaxPairs(const mlp::Params& params) {
   return max_pairs;
 }
 
-void LaunchKernel(const void* kernel, const mlp::Params& params, unsigned num_blocks,
-                  size_t shared_bytes, bool overlaps_previous, cudaStream_t stream) {
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = num_blocks;
-  config.blockDim = mlp::kThreads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps_previous ? 1 : 0;
-  void* arguments[] = {const_cast<mlp::Params*>(&params)};
-  EXPERTFLOW_CUDA_CHECK(cudaLaunchKernelExC(&config, kernel, arguments),
-                        std::to_string(params.num_passes) + " passes of a [" +
-                            std::to_string(params.num_outputs) + ", " +
-                            std::to_string(params.num_inputs) + "] matrix");
-}
-
 }  // namespace
 
 ExpertMlp::ExpertMlp(const ExpertMlpShape& shape) : shape_(shape) {
@@ -200,10 +182,7 @@ void ExpertMlp::PrepareDevice() {
           std::to_string(shared_bytes) + " bytes of shared memory");
       EXPERTFLOW_CUDA_CHECK(
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
-      cudaFuncAttributes attributes;
-      EXPERTFLOW_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-      // Code compiled for an older device does not wait for the kernel before it.
-      overlaps_ = overlaps_ && attributes.ptxVersion >= 90;
+      overlaps_ = overlaps_ && CanOverlap(kernel);
     }
   }
 }
@@ -221,9 +200,19 @@ void ExpertMlp::Launch(const ExpertMlpBatch& batch, cudaStream_t stream) const {
   const int32_t max_pairs = MaxPairs(gate_up);
   const Variant* variant = variants_;
   while (variant->max_tokens < max_pairs) ++variant;
-  LaunchKernel(variant->gate_up, gate_up, num_multiprocessors_, variant->shared_bytes, overlaps_,
-               stream);
-  LaunchKernel(variant->down, down, num_multiprocessors_, variant->shared_bytes, overlaps_, stream);
+  LaunchStage(variant->gate_up, variant->shared_bytes, gate_up, stream);
+  LaunchStage(variant->down, variant->shared_bytes, down, stream);
+}
+
+void ExpertMlp::LaunchStage(const void* kernel, size_t shared_bytes, const mlp::Params& params,
+                            cudaStream_t stream) const {
+  void* arguments[] = {const_cast<mlp::Params*>(&params)};
+  LaunchOverlapped({.kernel = kernel,
+                    .num_blocks = num_multiprocessors_,
+                    .num_threads = mlp::kThreads,
+                    .shared_bytes = shared_bytes,
+                    .overlaps_previous = overlaps_},
+                   arguments, stream);
 }
 
 }  // namespace expertflow

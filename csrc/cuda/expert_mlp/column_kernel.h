@@ -5,10 +5,10 @@
 #include <cstddef>
 
 #include "cuda/expert_mlp/elements.h"
-#include "cuda/expert_mlp/grid_dependency.h"
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/result.h"
 #include "cuda/expert_mlp/weight_stream.h"
+#include "cuda/grid_dependency.h"
 
 // Matrices [inputs, outputs], ExpertMlpKind::kGptOss. A unit is 128 bytes of columns, reduced by
 // one block: a thread owns a chunk of columns and every 64th row.

@@ -5,10 +5,10 @@
 #include <cstddef>
 
 #include "cuda/expert_mlp/elements.h"
-#include "cuda/expert_mlp/grid_dependency.h"
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/result.h"
 #include "cuda/expert_mlp/weight_stream.h"
+#include "cuda/grid_dependency.h"
 
 // Matrices [outputs, inputs], ExpertMlpKind::kStandard. A unit is two rows, reduced by one warp:
 // row i of the gate and of the up projection, or rows 2i and 2i + 1 of the down projection.

@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/expert_mlp/grid_dependency.h"
 #include "cuda/expert_mlp/params.h"
+#include "cuda/grid_dependency.h"
 
 namespace expertflow::mlp {
 

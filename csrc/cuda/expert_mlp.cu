@@ -15,55 +15,64 @@
 namespace expertflow {
 namespace {
 
-void Require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument("expert MLP: " + message);
+[[noreturn]] void Refuse(const std::string& message) {
+  throw std::invalid_argument("expert MLP: " + message);
 }
 
-void RequireAligned(size_t bytes, const char* name) {
-  Require(bytes % 16 == 0, std::string(name) + " is " + std::to_string(bytes) +
-                               ", which is no multiple of 16 bytes");
+void CheckAligned(size_t bytes, const char* name) {
+  if (bytes % 16 == 0) return;
+  Refuse(std::string(name) + " is " + std::to_string(bytes) + ", no multiple of 16 bytes");
 }
 
-void RequireAligned(const void* data, const char* name) {
-  Require(data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0,
-          std::string(name) + " must be device memory aligned to 16 bytes");
+void CheckAligned(const void* data, const char* name) {
+  if (data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0) return;
+  Refuse(std::string(name) + " must be device memory aligned to 16 bytes");
 }
 
 void CheckShape(const ExpertMlpShape& shape) {
-  Require(shape.hidden > 0 && shape.hidden % 8 == 0 && shape.intermediate > 0 &&
-              shape.intermediate % 8 == 0,
-          "hidden size " + std::to_string(shape.hidden) + " and intermediate size " +
-              std::to_string(shape.intermediate) + " must be positive multiples of 8");
-  RequireAligned(shape.slot_stride_bytes, "the stride of the slots");
-  RequireAligned(shape.gate_up_offset_bytes, "the offset of gate_up_proj");
-  RequireAligned(shape.down_offset_bytes, "the offset of down_proj");
-  RequireAligned(shape.gate_up_bias_offset_bytes, "the offset of gate_up_proj_bias");
-  RequireAligned(shape.down_bias_offset_bytes, "the offset of down_proj_bias");
+  if (shape.hidden <= 0 || shape.hidden % 8 != 0 || shape.intermediate <= 0 ||
+      shape.intermediate % 8 != 0) {
+    Refuse("hidden size " + std::to_string(shape.hidden) + " and intermediate size " +
+           std::to_string(shape.intermediate) + " must be positive multiples of 8");
+  }
+  CheckAligned(shape.slot_stride_bytes, "the stride of the slots");
+  CheckAligned(shape.gate_up_offset_bytes, "the offset of gate_up_proj");
+  CheckAligned(shape.down_offset_bytes, "the offset of down_proj");
+  CheckAligned(shape.gate_up_bias_offset_bytes, "the offset of gate_up_proj_bias");
+  CheckAligned(shape.down_bias_offset_bytes, "the offset of down_proj_bias");
 }
 
-void CheckBatch(const ExpertMlpBatch& batch) {
-  Require(batch.num_tokens >= 1 && batch.num_tokens <= ExpertMlp::kMaxTokens,
-          std::to_string(batch.num_tokens) + " tokens, where 1 to " +
-              std::to_string(ExpertMlp::kMaxTokens) + " are supported");
-  Require(batch.top_k >= 1 && batch.top_k <= ExpertMlp::kMaxPairs / batch.num_tokens,
-          "top-" + std::to_string(batch.top_k) + " of " + std::to_string(batch.num_tokens) +
-              " tokens is outside 1 to " + std::to_string(ExpertMlp::kMaxPairs) + " places");
-  RequireAligned(batch.slots, "the slots");
-  RequireAligned(batch.hidden, "the hidden states");
-  RequireAligned(batch.partial, "the partial output");
-  RequireAligned(batch.workspace, "the workspace");
+void CheckGroups(std::span<const PairGroup> groups, int32_t num_places) {
   std::bitset<ExpertMlp::kMaxPairs> seen;
-  for (const PairGroup& group : batch.groups) {
-    Require(group.slot >= 0, "slot " + std::to_string(group.slot));
+  for (const PairGroup& group : groups) {
+    if (group.slot < 0) Refuse("there is no slot " + std::to_string(group.slot));
     for (const int32_t place : group.places) {
-      Require(place >= 0 && place < batch.num_tokens * batch.top_k,
-              "place " + std::to_string(place) + " is outside the output of " +
-                  std::to_string(batch.num_tokens * batch.top_k) + " rows");
-      Require(!seen[static_cast<size_t>(place)],
-              "place " + std::to_string(place) + " is given twice");
+      if (place < 0 || place >= num_places) {
+        Refuse("place " + std::to_string(place) + " is outside the output of " +
+               std::to_string(num_places) + " rows");
+      }
+      if (seen[static_cast<size_t>(place)]) {
+        Refuse("place " + std::to_string(place) + " is given twice");
+      }
       seen.set(static_cast<size_t>(place));
     }
   }
+}
+
+void CheckBatch(const ExpertMlpBatch& batch) {
+  if (batch.num_tokens < 1 || batch.num_tokens > ExpertMlp::kMaxTokens) {
+    Refuse(std::to_string(batch.num_tokens) + " tokens, where 1 to " +
+           std::to_string(ExpertMlp::kMaxTokens) + " are supported");
+  }
+  if (batch.top_k < 1 || batch.top_k > ExpertMlp::kMaxPairs / batch.num_tokens) {
+    Refuse("top-" + std::to_string(batch.top_k) + " of " + std::to_string(batch.num_tokens) +
+           " tokens is not 1 to " + std::to_string(ExpertMlp::kMaxPairs) + " places");
+  }
+  CheckAligned(batch.slots, "the slots");
+  CheckAligned(batch.hidden, "the hidden states");
+  CheckAligned(batch.partial, "the partial output");
+  CheckAligned(batch.workspace, "the workspace");
+  CheckGroups(batch.groups, batch.num_tokens * batch.top_k);
 }
 
 const std::byte* Offset(const void* slots, size_t bytes) {

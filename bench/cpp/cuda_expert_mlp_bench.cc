@@ -23,6 +23,7 @@
 #include "cuda/stream.h"
 #include "cuda/weighted_sum.h"
 #include "cuda_memory_kernels.h"
+#include "cuda_timing.h"
 
 namespace expertflow {
 namespace {
@@ -69,60 +70,6 @@ struct Memory {
     }
     EXPERTFLOW_CUDA_CHECK(cudaDeviceSynchronize());
   }
-};
-
-class Timer {
- public:
-  Timer() {
-    EXPERTFLOW_CUDA_CHECK(cudaEventCreate(&start_));
-    EXPERTFLOW_CUDA_CHECK(cudaEventCreate(&stop_));
-  }
-  Timer(const Timer&) = delete;
-  Timer& operator=(const Timer&) = delete;
-  ~Timer() {
-    EXPERTFLOW_CUDA_WARN(cudaEventDestroy(start_));
-    EXPERTFLOW_CUDA_WARN(cudaEventDestroy(stop_));
-  }
-
-  // Seconds that the device spends on what `enqueue` puts on `stream`.
-  template <class Enqueue>
-  double Time(cudaStream_t stream, const Enqueue& enqueue) {
-    EXPERTFLOW_CUDA_CHECK(cudaEventRecord(start_, stream));
-    enqueue();
-    EXPERTFLOW_CUDA_CHECK(cudaEventRecord(stop_, stream));
-    EXPERTFLOW_CUDA_CHECK(cudaEventSynchronize(stop_));
-    float milliseconds;
-    EXPERTFLOW_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, start_, stop_));
-    return double{milliseconds} * 1e-3;
-  }
-
- private:
-  cudaEvent_t start_;
-  cudaEvent_t stop_;
-};
-
-// What `enqueue` puts on a stream, as a graph.
-class Graph {
- public:
-  template <class Enqueue>
-  Graph(cudaStream_t stream, const Enqueue& enqueue) {
-    cudaGraph_t graph;
-    EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    enqueue();
-    EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-    EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&executable_, graph, 0));
-    EXPERTFLOW_CUDA_CHECK(cudaGraphDestroy(graph));
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-  ~Graph() { EXPERTFLOW_CUDA_WARN(cudaGraphExecDestroy(executable_)); }
-
-  void Launch(cudaStream_t stream) const {
-    EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(executable_, stream));
-  }
-
- private:
-  cudaGraphExec_t executable_;
 };
 
 double Quantile(std::vector<double> values, double quantile) {

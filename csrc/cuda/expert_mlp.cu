@@ -10,59 +10,69 @@
 #include "cuda/expert_mlp/column_kernel.h"
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/row_kernel.h"
+#include "cuda/overlapped_launch.h"
 
 namespace expertflow {
 namespace {
 
-void Require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument("expert MLP: " + message);
+[[noreturn]] void Refuse(const std::string& message) {
+  throw std::invalid_argument("expert MLP: " + message);
 }
 
-void RequireAligned(size_t bytes, const char* name) {
-  Require(bytes % 16 == 0, std::string(name) + " is " + std::to_string(bytes) +
-                               ", which is no multiple of 16 bytes");
+void CheckAligned(size_t bytes, const char* name) {
+  if (bytes % 16 == 0) return;
+  Refuse(std::string(name) + " is " + std::to_string(bytes) + ", no multiple of 16 bytes");
 }
 
-void RequireAligned(const void* data, const char* name) {
-  Require(data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0,
-          std::string(name) + " must be device memory aligned to 16 bytes");
+void CheckAligned(const void* data, const char* name) {
+  if (data != nullptr && reinterpret_cast<uintptr_t>(data) % 16 == 0) return;
+  Refuse(std::string(name) + " must be device memory aligned to 16 bytes");
 }
 
 void CheckShape(const ExpertMlpShape& shape) {
-  Require(shape.hidden > 0 && shape.hidden % 8 == 0 && shape.intermediate > 0 &&
-              shape.intermediate % 8 == 0,
-          "hidden size " + std::to_string(shape.hidden) + " and intermediate size " +
-              std::to_string(shape.intermediate) + " must be positive multiples of 8");
-  RequireAligned(shape.slot_stride_bytes, "the stride of the slots");
-  RequireAligned(shape.gate_up_offset_bytes, "the offset of gate_up_proj");
-  RequireAligned(shape.down_offset_bytes, "the offset of down_proj");
-  RequireAligned(shape.gate_up_bias_offset_bytes, "the offset of gate_up_proj_bias");
-  RequireAligned(shape.down_bias_offset_bytes, "the offset of down_proj_bias");
+  if (shape.hidden <= 0 || shape.hidden % 8 != 0 || shape.intermediate <= 0 ||
+      shape.intermediate % 8 != 0) {
+    Refuse("hidden size " + std::to_string(shape.hidden) + " and intermediate size " +
+           std::to_string(shape.intermediate) + " must be positive multiples of 8");
+  }
+  CheckAligned(shape.slot_stride_bytes, "the stride of the slots");
+  CheckAligned(shape.gate_up_offset_bytes, "the offset of gate_up_proj");
+  CheckAligned(shape.down_offset_bytes, "the offset of down_proj");
+  CheckAligned(shape.gate_up_bias_offset_bytes, "the offset of gate_up_proj_bias");
+  CheckAligned(shape.down_bias_offset_bytes, "the offset of down_proj_bias");
 }
 
-void CheckBatch(const ExpertMlpBatch& batch) {
-  Require(batch.num_tokens >= 1 && batch.num_tokens <= ExpertMlp::kMaxTokens,
-          std::to_string(batch.num_tokens) + " tokens, where 1 to " +
-              std::to_string(ExpertMlp::kMaxTokens) + " are supported");
-  Require(batch.top_k >= 1 && batch.top_k <= ExpertMlp::kMaxPairs / batch.num_tokens,
-          "top-" + std::to_string(batch.top_k) + " of " + std::to_string(batch.num_tokens) +
-              " tokens is outside 1 to " + std::to_string(ExpertMlp::kMaxPairs) + " places");
-  RequireAligned(batch.slots, "the slots");
-  RequireAligned(batch.hidden, "the hidden states");
-  RequireAligned(batch.partial, "the partial output");
-  RequireAligned(batch.workspace, "the workspace");
+void CheckGroups(std::span<const PairGroup> groups, int32_t num_places) {
   std::bitset<ExpertMlp::kMaxPairs> seen;
-  for (const PairGroup& group : batch.groups) {
-    Require(group.slot >= 0, "slot " + std::to_string(group.slot));
+  for (const PairGroup& group : groups) {
+    if (group.slot < 0) Refuse("there is no slot " + std::to_string(group.slot));
     for (const int32_t place : group.places) {
-      Require(place >= 0 && place < batch.num_tokens * batch.top_k,
-              "place " + std::to_string(place) + " is outside the output of " +
-                  std::to_string(batch.num_tokens * batch.top_k) + " rows");
-      Require(!seen[static_cast<size_t>(place)],
-              "place " + std::to_string(place) + " is given twice");
+      if (place < 0 || place >= num_places) {
+        Refuse("place " + std::to_string(place) + " is outside the output of " +
+               std::to_string(num_places) + " rows");
+      }
+      if (seen[static_cast<size_t>(place)]) {
+        Refuse("place " + std::to_string(place) + " is given twice");
+      }
       seen.set(static_cast<size_t>(place));
     }
   }
+}
+
+void CheckBatch(const ExpertMlpBatch& batch) {
+  if (batch.num_tokens < 1 || batch.num_tokens > ExpertMlp::kMaxTokens) {
+    Refuse(std::to_string(batch.num_tokens) + " tokens, where 1 to " +
+           std::to_string(ExpertMlp::kMaxTokens) + " are supported");
+  }
+  if (batch.top_k < 1 || batch.top_k > ExpertMlp::kMaxPairs / batch.num_tokens) {
+    Refuse("top-" + std::to_string(batch.top_k) + " of " + std::to_string(batch.num_tokens) +
+           " tokens is not 1 to " + std::to_string(ExpertMlp::kMaxPairs) + " places");
+  }
+  CheckAligned(batch.slots, "the slots");
+  CheckAligned(batch.hidden, "the hidden states");
+  CheckAligned(batch.partial, "the partial output");
+  CheckAligned(batch.workspace, "the workspace");
+  CheckGroups(batch.groups, batch.num_tokens * batch.top_k);
 }
 
 const std::byte* Offset(const void* slots, size_t bytes) {
@@ -123,25 +133,6 @@ int32_t MaxPairs(const mlp::Params& params) {
   return max_pairs;
 }
 
-void LaunchKernel(const void* kernel, const mlp::Params& params, unsigned num_blocks,
-                  size_t shared_bytes, bool overlaps_previous, cudaStream_t stream) {
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = num_blocks;
-  config.blockDim = mlp::kThreads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps_previous ? 1 : 0;
-  void* arguments[] = {const_cast<mlp::Params*>(&params)};
-  EXPERTFLOW_CUDA_CHECK(cudaLaunchKernelExC(&config, kernel, arguments),
-                        std::to_string(params.num_passes) + " passes of a [" +
-                            std::to_string(params.num_outputs) + ", " +
-                            std::to_string(params.num_inputs) + "] matrix");
-}
-
 }  // namespace
 
 ExpertMlp::ExpertMlp(const ExpertMlpShape& shape) : shape_(shape) {
@@ -200,10 +191,7 @@ void ExpertMlp::PrepareDevice() {
           std::to_string(shared_bytes) + " bytes of shared memory");
       EXPERTFLOW_CUDA_CHECK(
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
-      cudaFuncAttributes attributes;
-      EXPERTFLOW_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-      // Code compiled for an older device does not wait for the kernel before it.
-      overlaps_ = overlaps_ && attributes.ptxVersion >= 90;
+      overlaps_ = overlaps_ && CanOverlap(kernel);
     }
   }
 }
@@ -221,9 +209,19 @@ void ExpertMlp::Launch(const ExpertMlpBatch& batch, cudaStream_t stream) const {
   const int32_t max_pairs = MaxPairs(gate_up);
   const Variant* variant = variants_;
   while (variant->max_tokens < max_pairs) ++variant;
-  LaunchKernel(variant->gate_up, gate_up, num_multiprocessors_, variant->shared_bytes, false,
-               stream);
-  LaunchKernel(variant->down, down, num_multiprocessors_, variant->shared_bytes, overlaps_, stream);
+  LaunchStage(variant->gate_up, variant->shared_bytes, gate_up, stream);
+  LaunchStage(variant->down, variant->shared_bytes, down, stream);
+}
+
+void ExpertMlp::LaunchStage(const void* kernel, size_t shared_bytes, const mlp::Params& params,
+                            cudaStream_t stream) const {
+  void* arguments[] = {const_cast<mlp::Params*>(&params)};
+  LaunchOverlapped({.kernel = kernel,
+                    .num_blocks = num_multiprocessors_,
+                    .num_threads = mlp::kThreads,
+                    .shared_bytes = shared_bytes,
+                    .overlaps_previous = overlaps_},
+                   arguments, stream);
 }
 
 }  // namespace expertflow

@@ -10,6 +10,10 @@
 
 namespace expertflow {
 
+namespace mlp {
+struct Params;
+}
+
 // How an expert's matrices lie in its slot, and its activation.
 enum class ExpertMlpKind {
   // gate_up [2I, H], gate rows first, down [H, I]: down · (silu(gate x) * up x).
@@ -86,11 +90,15 @@ class ExpertMlp {
   template <class Scalar>
   void UseKernelsOf();
   void PrepareDevice();
+  void LaunchStage(const void* kernel, size_t shared_bytes, const mlp::Params& params,
+                   cudaStream_t stream) const;
 
   ExpertMlpShape shape_;
   Variant variants_[kNumVariants];
   unsigned num_multiprocessors_ = 0;
-  bool overlaps_ = false;  // the down kernel loads weights while the gate-up kernel ends
+  // A kernel starts while the one before it ends. The gate-up kernel touches no memory until that
+  // one has ended; the down kernel loads weights before.
+  bool overlaps_ = false;
 };
 
 }  // namespace expertflow

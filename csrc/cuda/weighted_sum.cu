@@ -4,8 +4,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/cuda_error.h"
 #include "cuda/expert_mlp/elements.h"
+#include "cuda/grid_dependency.h"
+#include "cuda/overlapped_launch.h"
 #include "cuda/weighted_sum.h"
 
 namespace expertflow {
@@ -13,37 +14,40 @@ namespace {
 
 constexpr unsigned kThreads = 256;
 
-// One thread for each element of a token; the tokens are blockIdx.y. `Weight` is the wider dtype,
-// or the same.
+// One thread for each element of a token; the tokens are blockIdx.y.
 template <class Scalar, class Weight>
-__global__ void WeightedSumKernel(const Scalar* __restrict__ partial,
-                                  const Weight* __restrict__ weights, Scalar* __restrict__ output,
-                                  int top_k, int hidden) {
+__global__ void __launch_bounds__(kThreads)
+    WeightedSumKernel(const __grid_constant__ WeightedSum sum) {
+  WaitForPrerequisites();
   const int i = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
-  if (i >= hidden) return;
+  if (i >= sum.hidden) return;
   const size_t token = blockIdx.y;
-  partial += token * static_cast<size_t>(top_k) * static_cast<size_t>(hidden) + i;
-  weights += token * static_cast<size_t>(top_k);
-  float sum = 0;
-  for (int j = 0; j < top_k; ++j) {
-    const float product =
-        __fmul_rn(mlp::ToFloat(partial[static_cast<size_t>(j) * hidden]), mlp::ToFloat(weights[j]));
-    sum = __fadd_rn(sum, mlp::ToFloat(mlp::FromFloat<Weight>(product)));
+  const size_t first_pair = token * static_cast<size_t>(sum.top_k);
+  const auto* partial =
+      static_cast<const Scalar*>(sum.partial) + first_pair * static_cast<size_t>(sum.hidden) + i;
+  const auto* weights = static_cast<const Weight*>(sum.weights) + first_pair;
+  float total = 0;
+#pragma unroll 4
+  for (int j = 0; j < sum.top_k; ++j) {
+    const float product = __fmul_rn(mlp::ToFloat(*partial), mlp::ToFloat(weights[j]));
+    total = __fadd_rn(total, mlp::ToFloat(mlp::FromFloat<Weight>(product)));
+    partial += sum.hidden;
   }
-  output[token * static_cast<size_t>(hidden) + i] =
-      mlp::FromFloat<Scalar>(mlp::ToFloat(mlp::FromFloat<Weight>(sum)));
+  static_cast<Scalar*>(sum.output)[token * static_cast<size_t>(sum.hidden) + i] =
+      mlp::FromFloat<Scalar>(mlp::ToFloat(mlp::FromFloat<Weight>(total)));
 }
 
 template <class Scalar, class Weight>
-void Launch(const WeightedSum& sum, cudaStream_t stream) {
-  const dim3 grid((static_cast<unsigned>(sum.hidden) + kThreads - 1) / kThreads,
-                  static_cast<unsigned>(sum.num_tokens));
-  WeightedSumKernel<<<grid, kThreads, 0, stream>>>(
-      static_cast<const Scalar*>(sum.partial), static_cast<const Weight*>(sum.weights),
-      static_cast<Scalar*>(sum.output), sum.top_k, sum.hidden);
-  EXPERTFLOW_CUDA_CHECK(
-      cudaGetLastError(),
-      std::to_string(sum.num_tokens) + " tokens, hidden size " + std::to_string(sum.hidden));
+void Launch(WeightedSum sum, cudaStream_t stream) {
+  const auto* kernel = reinterpret_cast<const void*>(&WeightedSumKernel<Scalar, Weight>);
+  void* arguments[] = {&sum};
+  LaunchOverlapped({.kernel = kernel,
+                    .num_blocks = {(static_cast<unsigned>(sum.hidden) + kThreads - 1) / kThreads,
+                                   static_cast<unsigned>(sum.num_tokens)},
+                    .num_threads = kThreads,
+                    .shared_bytes = 0,
+                    .overlaps_previous = CanOverlap(kernel)},
+                   arguments, stream);
 }
 
 template <class Scalar>

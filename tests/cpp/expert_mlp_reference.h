@@ -1,5 +1,7 @@
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -25,6 +27,11 @@ inline std::vector<float> ToFloats(const std::vector<std::byte>& bytes, DType dt
   ConvertElements(bytes.data(), dtype, reinterpret_cast<std::byte*>(values.data()), DType::kFloat32,
                   values.size());
   return values;
+}
+
+// Set by --gtest_random_seed.
+inline auto TestSeed() {
+  return static_cast<std::mt19937::result_type>(::testing::UnitTest::GetInstance()->random_seed());
 }
 
 // Normal values, rounded to `dtype`.

@@ -5,10 +5,10 @@
 #include <cstddef>
 
 #include "cuda/expert_mlp/elements.h"
-#include "cuda/expert_mlp/grid_dependency.h"
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/result.h"
 #include "cuda/expert_mlp/weight_stream.h"
+#include "cuda/grid_dependency.h"
 
 // Matrices [inputs, outputs], ExpertMlpKind::kGptOss. A unit is 128 bytes of columns, reduced by
 // one block: a thread owns a chunk of columns and every 64th row.
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
   const ColumnLayout<Scalar> layout(params);
   const int grid = static_cast<int>(gridDim.x);
   const int first_unit = static_cast<int>(blockIdx.x);
-  WeightStream<ColumnLayout<Scalar>, kStage> stream(params, layout, ring, first_unit, grid);
+  if constexpr (kStage == Stage::kGateUp) WaitForPrerequisites();
+  WeightStream stream(params, layout, ring, first_unit, grid);
   if constexpr (kStage == Stage::kDown) WaitForPrerequisites();
 
   const int num_units = params.num_passes * layout.num_units();

@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/expert_mlp/grid_dependency.h"
 #include "cuda/expert_mlp/params.h"
+#include "cuda/grid_dependency.h"
 
 namespace expertflow::mlp {
 
@@ -27,7 +27,7 @@ struct WeightPair {
 //
 // The work of a kernel is a list of units: `Layout::num_units()` for each pass, pass after pass.
 // The thread takes units first_unit, first_unit + unit_stride, ...
-template <class Layout, Stage kStage>
+template <class Layout>
 class WeightStream {
  public:
   // Starts the first loads, which must not depend on the kernel before.
@@ -75,17 +75,17 @@ class WeightStream {
       if (++step_ == layout_.num_steps()) {
         unit_ += unit_stride_;
         StartUnit();
-        LetNextStageStart();
+        LetNextKernelStart();
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;
   }
 
-  // The down kernel's blocks begin to load their first weights when this kernel's last ones are on
-  // their way. One warp that has as much to do as any decides for the block.
-  __device__ void LetNextStageStart() const {
-    if (kStage == Stage::kGateUp && unit_ >= num_units_ && threadIdx.x < 32) LetDependentsStart();
+  // The next kernel's blocks may start when this one's last weights are on their way: those of the
+  // down kernel begin to load. One warp that has as much to do as any decides for the block.
+  __device__ void LetNextKernelStart() const {
+    if (unit_ >= num_units_ && threadIdx.x < 32) LetDependentsStart();
   }
 
   __device__ static void Copy(uint4* shared, const std::byte* global) {

@@ -1,9 +1,9 @@
 #pragma once
 
-// Programmatic dependent launch (compute capability 9.0): the down kernel may start before the
-// gate-up kernel has ended. Elsewhere kernels of a stream just follow each other.
+// Programmatic dependent launch (compute capability 9.0): a kernel may start before the one ahead
+// of it in the stream has ended. Elsewhere kernels of a stream just follow each other.
 
-namespace expertflow::mlp {
+namespace expertflow {
 
 // Lets the next kernel start once every block of this one has called this or ended.
 __device__ inline void LetDependentsStart() {
@@ -19,4 +19,4 @@ __device__ inline void WaitForPrerequisites() {
 #endif
 }
 
-}  // namespace expertflow::mlp
+}  // namespace expertflow

@@ -6,37 +6,42 @@
 
 namespace expertflow {
 
-Planner::Planner(SlotTable& table, const PlannerConfig& config)
-    : config_(config), table_(table.view()), log2_table_(DecayedFrequency::MakeLog2Table()) {
-  if (config.top_k <= 0 || config.top_k > table_.num_experts) {
+PlanningView MakePlanningView(const PlannerConfig& config, const SlotTableView& table,
+                              const int32_t* log2_table, LayerStatistics* statistics) {
+  if (config.top_k <= 0 || config.top_k > table.num_experts) {
     throw std::invalid_argument("top_k is " + std::to_string(config.top_k) + ", but a layer has " +
-                                std::to_string(table_.num_experts) + " experts");
+                                std::to_string(table.num_experts) + " experts");
   }
-  const int64_t min_slots = MinSlots(table_.num_layers, config.top_k, config.scope);
-  if (table_.num_slots < min_slots) {
-    throw std::invalid_argument("the expert cache holds " + std::to_string(table_.num_slots) +
+  const int64_t min_slots = Planner::MinSlots(table.num_layers, config.top_k, config.scope);
+  if (table.num_slots < min_slots) {
+    throw std::invalid_argument("the expert cache holds " + std::to_string(table.num_slots) +
                                 " experts, but needs at least " + std::to_string(min_slots));
   }
   if (!(config.decay_per_token > 0.0 && config.decay_per_token <= 1.0)) {
     throw std::invalid_argument("decay must be in (0, 1], not " +
                                 std::to_string(config.decay_per_token));
   }
+  return {.table = table,
+          .eviction = {table.num_layers,
+                       DecayedFrequency::DecayPerTickQ24(config.decay_per_token, table.num_layers),
+                       log2_table},
+          .statistics = statistics,
+          .policy = config.policy,
+          .scope = config.scope,
+          .expert_bytes = static_cast<int64_t>(config.expert_bytes)};
+}
+
+Planner::Planner(SlotTable& table, const PlannerConfig& config)
+    : config_(config),
+      table_(table.view()),
+      log2_table_(DecayedFrequency::MakeLog2Table()),
+      statistics_(static_cast<size_t>(table_.num_layers)),
+      planning_(MakePlanningView(config, table_, log2_table_.data(), statistics_.data())) {
   const auto num_experts = static_cast<size_t>(table_.num_experts);
   rows_.resize(num_experts);
   distinct_.reserve(num_experts);
   seen_by_.assign(num_experts, 0);
-  statistics_.resize(static_cast<size_t>(table_.num_layers));
   candidates_.reserve(static_cast<size_t>(table_.num_slots) + 1);
-  planning_ = {
-      .table = table_,
-      .eviction = {table_.num_layers,
-                   DecayedFrequency::DecayPerTickQ24(config.decay_per_token, table_.num_layers),
-                   log2_table_.data()},
-      .statistics = statistics_.data(),
-      .policy = config.policy,
-      .scope = config.scope,
-      .expert_bytes = static_cast<int64_t>(config.expert_bytes),
-  };
 }
 
 int64_t Planner::MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope) {

@@ -23,13 +23,19 @@ struct PlannerConfig {
   double decay_per_token = 0.98;  // of use frequencies, in (0, 1]
 };
 
+// The view of a table whose arrays, like the logarithms (DecayedFrequency::MakeLog2Table) and the
+// statistics [num_layers], lie where the planning happens: in host or device memory. Throws
+// std::invalid_argument if the table has fewer slots than Planner::MinSlots, or top-k or the decay
+// are out of range.
+PlanningView MakePlanningView(const PlannerConfig& config, const SlotTableView& table,
+                              const int32_t* log2_table, LayerStatistics* statistics);
+
 // Decides, for one layer at a time, which experts are resident and which slot each missing one
 // takes. Changes the table and nothing else; allocates nothing after construction. Not thread-safe.
 // What it does to a slot or a row is in core/planning.h.
 class Planner {
  public:
-  // Throws std::invalid_argument if the table has fewer slots than MinSlots, or the decay is out of
-  // range.
+  // Throws as MakePlanningView does.
   Planner(SlotTable& table, const PlannerConfig& config);
 
   Planner(const Planner&) = delete;
@@ -95,6 +101,7 @@ class Planner {
   PlannerConfig config_;
   SlotTableView table_;
   DecayedFrequency::Log2Table log2_table_;
+  std::vector<LayerStatistics> statistics_;  // [num_layers]
   PlanningView planning_;
   Plan plan_;
   std::vector<PlanRow> rows_;      // [num_experts], the plan's rows
@@ -102,8 +109,7 @@ class Planner {
   std::vector<int64_t>
       seen_by_;  // [num_experts] the `collections_` count when the expert was last seen
   int64_t collections_ = 1;
-  std::vector<Candidate> candidates_;        // [num_slots]
-  std::vector<LayerStatistics> statistics_;  // [num_layers]
+  std::vector<Candidate> candidates_;  // [num_slots]
 };
 
 }  // namespace expertflow

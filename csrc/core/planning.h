@@ -47,6 +47,9 @@ struct Candidate {
 };
 
 // Calls `visit` with an object of the policy's type. The one place that maps kinds to types.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // `visit` may be host code: then only the host calls
+#endif
 template <class Visit>
 EXPERTFLOW_HD inline auto WithPolicy(PolicyKind policy, Visit&& visit) {
   switch (policy) {

@@ -140,10 +140,10 @@ class BlockPlanner {
         request_(request),
         thread_(block.thread()) {}
 
-  // Called by all threads, of which there are at least `num_ids`.
+  // Called by all threads, of which there are at least as many as ids.
   EXPERTFLOW_DEVICE void Run() {
-    has_id_ = thread_ < request_.num_ids;
-    const int64_t id = has_id_ ? request_.Id(thread_) : 0;
+    has_id_ = thread_ < request_.ids.count;
+    const int64_t id = has_id_ ? request_.ids[thread_] : 0;
     now_ = request_.clock->now + 1;
     sequence_ = request_.clock->sequence + 1;
     ClearShared();
@@ -224,7 +224,7 @@ class BlockPlanner {
     if (!has_id_) return;
     const RowState state = shared_.state[thread_];
     int32_t before = 0;  // rows of the same state
-    for (int32_t i = 0; i < request_.num_ids; ++i) {
+    for (int32_t i = 0; i < request_.ids.count; ++i) {
       if (!shared_.is_row[i]) continue;
       num_hits_ += shared_.state[i] == RowState::kHit ? 1 : 0;
       num_loading_ += shared_.state[i] == RowState::kLoading ? 1 : 0;
@@ -280,6 +280,9 @@ class BlockPlanner {
     }
     if (is_row_ && shared_.state[thread_] == RowState::kMiss) {
       PlaceMiss(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false);
+      if (request_.fetch == MissFetch::kSameStream) {
+        planning_.table.slot_state[Index(slot_)] = SlotState::kReady;
+      }
     } else if (is_row_) {
       RecordUse(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false);
     }

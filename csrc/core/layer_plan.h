@@ -39,18 +39,30 @@ struct PlanClock {
   uint64_t sequence;  // of the last launch
 };
 
+// Expert ids as the router gives them, [num_tokens * k], in device memory.
+struct RoutedIds {
+  const int64_t* int64;  // or nullptr if they are 32 bits wide
+  const int32_t* int32;
+  int32_t count;  // at most kMaxRoutedIds
+
+  EXPERTFLOW_HD int64_t operator[](int32_t i) const {
+    return int64 != nullptr ? int64[i] : int32[i];
+  }
+};
+
+// Who moves the misses.
+enum class MissFetch : int32_t {
+  kTransfer,    // whoever publishes the slots; until then they are in flight
+  kSameStream,  // a kernel that comes before the next plan: for that one they are ready
+};
+
 struct LayerPlanRequest {
   int32_t layer;
-  int32_t num_ids;           // num_tokens * k, at most kMaxRoutedIds
-  const int64_t* ids_int64;  // [num_ids] routed experts, or nullptr if they are int32
-  const int32_t* ids_int32;  // [num_ids], or nullptr
+  RoutedIds ids;
+  MissFetch fetch;
   PlanClock* clock;
   LayerPlan* plan;       // in device memory
   LayerPlan* host_plan;  // in mapped host memory, or nullptr
-
-  EXPERTFLOW_HD int64_t Id(int32_t place) const {
-    return ids_int64 != nullptr ? ids_int64[place] : ids_int32[place];
-  }
 };
 
 }  // namespace expertflow

@@ -46,7 +46,7 @@ int32_t NumThreads(const PlanningView& planning, const LayerPlanRequest& request
   const SlotRange range = RangeOf(planning, request.layer);
   constexpr int32_t kPerTile = OwnSlots<Lru>::kPerTile;
   const int32_t wanted =
-      std::max((range.end - range.begin + kPerTile - 1) / kPerTile, request.num_ids);
+      std::max((range.end - range.begin + kPerTile - 1) / kPerTile, request.ids.count);
   const int32_t num_warps = std::max((wanted + kWarpSize - 1) / kWarpSize, 1);
   return std::min(num_warps * kWarpSize, kMaxBlockThreads);
 }
@@ -60,8 +60,8 @@ void LaunchPlanLayer(const PlanningView& planning, const LayerPlanRequest& reque
       sizeof(int32_t) * static_cast<size_t>(planning.table.num_experts);
   Check(request.layer >= 0 && request.layer < planning.table.num_layers, "layer", request.layer,
         planning.table.num_layers - 1);
-  Check(request.num_ids >= 0 && request.num_ids <= kMaxRoutedIds, "routed ids", request.num_ids,
-        kMaxRoutedIds);
+  Check(request.ids.count >= 0 && request.ids.count <= kMaxRoutedIds, "routed ids",
+        request.ids.count, kMaxRoutedIds);
   Check(first_of_expert_bytes <= kMaxDynamicBytes, "experts per layer", planning.table.num_experts,
         kMaxDynamicBytes / sizeof(int32_t));
   const auto num_threads = static_cast<unsigned>(NumThreads(planning, request));

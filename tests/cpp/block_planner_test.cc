@@ -30,18 +30,19 @@ class CpuBlockPlanner {
         planning_(MakePlanningView(config, table_.view(), log2_table_.data(), statistics_.data())) {
   }
 
-  const LayerPlan& PlanLayer(int32_t layer, const std::vector<int64_t>& ids) {
+  const LayerPlan& PlanLayer(int32_t layer, const std::vector<int64_t>& ids, MissFetch fetch) {
     const std::vector<int32_t> narrow_ids(ids.begin(), ids.end());
     const bool narrow = clock_.sequence % 2 == 1;
     const LayerPlanRequest request{.layer = layer,
-                                   .num_ids = static_cast<int32_t>(ids.size()),
-                                   .ids_int64 = narrow ? nullptr : ids.data(),
-                                   .ids_int32 = narrow ? narrow_ids.data() : nullptr,
+                                   .ids = {.int64 = narrow ? nullptr : ids.data(),
+                                           .int32 = narrow ? narrow_ids.data() : nullptr,
+                                           .count = static_cast<int32_t>(ids.size())},
+                                   .fetch = fetch,
                                    .clock = &clock_,
                                    .plan = &plan_,
                                    .host_plan = &host_plan_};
     WithPolicy(planning_.policy, [&]<class Policy>(Policy) {
-      RunHostBlock(NumThreads(request.num_ids), [&](HostBlock& block) {
+      RunHostBlock(NumThreads(request.ids.count), [&](HostBlock& block) {
         BlockPlanner<Policy, HostBlock>(block, *shared_, first_of_expert_.data(), planning_,
                                         request)
             .Run();

@@ -105,8 +105,8 @@ inline auto Counts(const LayerStatistics& counts) {
 }
 
 // `BlockPlanner` has a table of its own and, beside the constructor (shape, config),
-// PlanLayer(layer, ids), which returns a LayerPlan, CopyTableTo and CopyTableFrom(SlotTable&),
-// Statistics() and SetTick(now).
+// PlanLayer(layer, ids, fetch), which returns a LayerPlan, CopyTableTo and
+// CopyTableFrom(SlotTable&), Statistics() and SetTick(now).
 template <class BlockPlanner>
 class PairedPlanners {
  public:
@@ -130,14 +130,15 @@ class PairedPlanners {
   void RunRandom(int num_plans) {
     for (int i = 0; i < num_plans && !testing::Test::HasFailure(); ++i) {
       SCOPED_TRACE("plan " + std::to_string(i));
-      PlanBoth(Draw(0, shape_.num_layers - 1), RandomIds());
+      PlanBoth(Draw(0, shape_.num_layers - 1), RandomIds(), MissFetch::kTransfer);
       ChangeStates();
       on_block_.CopyTableFrom(table_);
     }
   }
 
   // Layer by layer and token by token, as a recorded trace: a few experts of each layer are much
-  // more frequent, and tokens continue what the last one did. Transfers end at once.
+  // more frequent, and tokens continue what the last one did. The misses of a plan are there for
+  // the next.
   void RunSkewed(int num_tokens) {
     std::vector<std::vector<int64_t>> ids(static_cast<size_t>(shape_.num_layers));
     for (int token = 0; token < num_tokens; ++token) {
@@ -146,10 +147,7 @@ class PairedPlanners {
         SCOPED_TRACE("token " + std::to_string(token) + ", layer " + std::to_string(layer));
         std::vector<int64_t>& of_layer = ids[static_cast<size_t>(layer)];
         NextSkewedIds(layer, of_layer);
-        const Plan* plan = PlanBoth(layer, of_layer);
-        ASSERT_NE(plan, nullptr);
-        for (const PlanRow& row : plan->rows) planner_.Publish(row.slot);
-        on_block_.CopyTableFrom(table_);
+        ASSERT_NE(PlanBoth(layer, of_layer, MissFetch::kSameStream), nullptr);
       }
     }
   }
@@ -197,11 +195,11 @@ class PairedPlanners {
 
   // Plans a layer with both and compares. Returns the host's plan, walked to its end if it has
   // waves, since the other planner leaves those to the host; nullptr if there is none.
-  const Plan* PlanBoth(int32_t layer, const std::vector<int64_t>& ids) {
+  const Plan* PlanBoth(int32_t layer, const std::vector<int64_t>& ids, MissFetch fetch) {
     const std::vector<LayerStatistics> found_before = on_block_.Statistics();
     const std::vector<LayerStatistics> before = planner_.statistics();
     on_block_.SetTick(now_);
-    const LayerPlan& found = on_block_.PlanLayer(layer, ids);
+    const LayerPlan& found = on_block_.PlanLayer(layer, ids, fetch);
     on_block_.CopyTableTo(found_table_);
     if (found.status == LayerPlanStatus::kNeedsWaves) {
       ExpectEqualTables(found_table_.view(), table_.view());
@@ -216,6 +214,9 @@ class PairedPlanners {
     }
     ++now_;
     ExpectEqualPlans(found, *plan);
+    if (fetch == MissFetch::kSameStream) {
+      for (const PlanRow& row : plan->rows) planner_.Publish(row.slot);
+    }
     ExpectEqualTables(found_table_.view(), table_.view());
     ExpectEqualCounts(found_before, before);
     return plan;
@@ -283,13 +284,13 @@ void ExpectBadIdsAreRefused() {
   BlockPlanner planner(shape, config);
   SlotTable untouched(2, 8, 6), table(2, 8, 6);
   for (const int64_t id : {int64_t{8}, int64_t{-1}}) {
-    const LayerPlan& plan = planner.PlanLayer(1, {3, id});
+    const LayerPlan& plan = planner.PlanLayer(1, {3, id}, MissFetch::kTransfer);
     EXPECT_EQ(plan.status, LayerPlanStatus::kBadExpertId);
     EXPECT_EQ(plan.num_rows, 0);
     planner.CopyTableTo(table);
     ExpectEqualTables(table.view(), untouched.view());
   }
-  const LayerPlan& plan = planner.PlanLayer(1, {3, 4});
+  const LayerPlan& plan = planner.PlanLayer(1, {3, 4}, MissFetch::kTransfer);
   EXPECT_EQ(plan.status, LayerPlanStatus::kPlanned);
   EXPECT_EQ(plan.tick, 1) << "a refused plan takes no tick";
   EXPECT_EQ(plan.sequence, 3U) << "but is a launch";

@@ -156,8 +156,8 @@ void RegisterAll() {
     const char* name;
     Routes routes;
   } routings[] = {{"uniform", SkewedRoutes(kShape, 0.0, 0.0)},
-                  {"skewed", SkewedRoutes(kShape, 0.5, 0.3)},
-                  {"very_skewed", SkewedRoutes(kShape, 1.0, 0.5)},
+                  {"skewed", SkewedRoutes(kShape, 0.4, 0.3)},
+                  {"very_skewed", SkewedRoutes(kShape, 0.8, 0.5)},
                   {"all_misses", CircularRoutes(kShape)}};
   const struct {
     const char* name;

@@ -57,7 +57,13 @@ EXPERTFLOW_DEVICE int64_t BoundOfRanks(Block& block, BlockSelection& shared, int
   // Every warp for itself: cheaper than one warp and another barrier.
   rank = kNoRank;
   const int32_t num_entries = block.num_threads() / kWarpSize * kNumClasses;
-  for (int32_t i = lane; i < num_entries; i += kWarpSize) rank = lower(rank, shared.class_min[i]);
+  for (int32_t first = lane; first < num_entries; first += 4 * kWarpSize) {
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < 4; ++k) {
+      const int32_t i = first + k * kWarpSize;
+      rank = lower(rank, i < num_entries ? shared.class_min[i] : kNoRank);
+    }
+  }
   for (int32_t mask = kNumClasses; mask < kWarpSize; mask *= 2) {
     rank = lower(rank, block.ShuffleXor(rank, mask));
   }

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 
-#include "core/host_device.h"
 #include "core/ids.h"
 #include "core/plan.h"
 
@@ -44,10 +43,6 @@ struct RoutedIds {
   const int64_t* int64;  // or nullptr if they are 32 bits wide
   const int32_t* int32;
   int32_t count;  // at most kMaxRoutedIds
-
-  EXPERTFLOW_HD int64_t operator[](int32_t i) const {
-    return int64 != nullptr ? int64[i] : int32[i];
-  }
 };
 
 // Who moves the misses.

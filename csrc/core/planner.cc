@@ -216,8 +216,7 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   if (SelectVictims(expert.layer, 1, now, /*spare_predicted=*/true) == 0) return SlotId::kNone;
   const auto slot = static_cast<SlotId>(candidates_.front().slot);
   const int32_t s = Index(slot);
-  CountEviction(planning_, slot);
-  Assign(table_, slot, index);
+  Replace(planning_, slot, index);
   table_.slot_key[s] = KeyOnUse(planning_, table_.expert_key[Index(index)], now);
   table_.slot_predicted[s] = needed_at;
   table_.slot_unused[s] = 1;

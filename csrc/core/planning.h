@@ -95,6 +95,7 @@ EXPERTFLOW_HD inline int64_t KeyOnUse(const PlanningView& planning, int64_t key,
   });
 }
 
+// In a kernel, several threads may count at once.
 EXPERTFLOW_HD inline void Count(int64_t& counter, int64_t amount) {
 #ifdef __CUDA_ARCH__
   atomicAdd(reinterpret_cast<unsigned long long*>(&counter),
@@ -104,14 +105,22 @@ EXPERTFLOW_HD inline void Count(int64_t& counter, int64_t amount) {
 #endif
 }
 
-// Counts the eviction of what the slot holds, if anything.
-EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, SlotId slot) {
-  const int32_t s = Index(slot);
-  const ExpertIndex expert = planning.table.slot_expert[s];
+// Counts the eviction of `expert`, if it is one; `unused` says that it was prefetched for nothing.
+EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, ExpertIndex expert,
+                                        bool unused) {
   if (expert == ExpertIndex::kNone) return;
   LayerStatistics& counts = planning.statistics[ToId(planning.table, expert).layer];
   Count(counts.evictions, 1);
-  if (planning.table.slot_unused[s]) Count(counts.wasted_prefetch_bytes, planning.expert_bytes);
+  if (unused) Count(counts.wasted_prefetch_bytes, planning.expert_bytes);
+}
+
+// Gives `slot` to `expert`, which is not resident, and counts what is evicted: last, because a
+// kernel still waits for what it read, and the stores need not.
+EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot, ExpertIndex expert) {
+  const ExpertIndex evicted = planning.table.slot_expert[Index(slot)];
+  const bool unused = planning.table.slot_unused[Index(slot)] != 0;
+  Assign(planning.table, slot, expert);
+  CountEviction(planning, evicted, unused);
 }
 
 // The plan of tick `now` uses `expert`, which is in `slot` and had `key` before. A streaming plan
@@ -129,16 +138,16 @@ EXPERTFLOW_HD inline void RecordUse(const PlanningView& planning, SlotId slot, E
 // Gives `slot` to a missing expert of the plan of tick `now`, which had `key` before.
 EXPERTFLOW_HD inline void PlaceMiss(const PlanningView& planning, SlotId slot, ExpertIndex expert,
                                     int64_t key, Tick now, bool streaming) {
-  CountEviction(planning, slot);
-  Assign(planning.table, slot, expert);
+  Replace(planning, slot, expert);
   planning.table.slot_key[Index(slot)] = kStreamedKey;
   RecordUse(planning, slot, expert, key, now, streaming);
 }
 
 // What the on-demand policy does to every slot before a plan: nothing that is ready outlives one.
 EXPERTFLOW_HD inline void DropIfReady(const PlanningView& planning, SlotId slot) {
-  if (planning.table.slot_state[Index(slot)] != SlotState::kReady) return;
-  CountEviction(planning, slot);
+  const int32_t s = Index(slot);
+  if (planning.table.slot_state[s] != SlotState::kReady) return;
+  CountEviction(planning, planning.table.slot_expert[s], planning.table.slot_unused[s] != 0);
   Unassign(planning.table, slot);
 }
 

@@ -1,3 +1,4 @@
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -20,9 +21,17 @@ struct CudaBlock {
   }
   __device__ int32_t Add(int32_t& counter, int32_t amount) { return atomicAdd(&counter, amount); }
   __device__ void Min(int32_t& value, int32_t other) { atomicMin(&value, other); }
+  __device__ void CopyAsync(int32_t& to, const int32_t& from) {
+    __pipeline_memcpy_async(&to, &from, sizeof to);
+  }
+  __device__ void WaitForCopies() {
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+  }
   __device__ void Release(uint64_t& word, uint64_t value) {
-    __threadfence_system();
-    *static_cast<volatile uint64_t*>(&word) = value;
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(&word)),
+                 "l"(value)
+                 : "memory");
   }
 };
 

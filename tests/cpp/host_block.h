@@ -53,6 +53,9 @@ class HostBlock {
     }
   }
 
+  void CopyAsync(int32_t& to, const int32_t& from) { to = from; }
+  void WaitForCopies() {}
+
   void Release(uint64_t& word, uint64_t value) {
     std::atomic_ref(word).store(value, std::memory_order_release);
   }

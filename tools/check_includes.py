@@ -25,7 +25,13 @@ LIBRARIES = {
 }
 PLAIN_HEADERS = {
     "host": {"fcntl.h", "pthread.h", "unistd.h"},
-    "cuda": {"cuda_runtime_api.h", "cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"},
+    "cuda": {
+        "cuda_runtime_api.h",
+        "cuda_runtime.h",
+        "cuda_bf16.h",
+        "cuda_fp16.h",
+        "cuda_pipeline_primitives.h",
+    },
     "ops": {"dlfcn.h", "cuda_runtime_api.h"},
 }
 STANDARD_HEADER = re.compile(r"[a-z_]+")  # <vector>; not <unistd.h>, not <cuda_runtime.h>

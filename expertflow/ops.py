@@ -75,7 +75,9 @@ def wait(cache: Tensor, row: int) -> None:
         _ops.wait(cache, row)
 
 
-def compute(cache: Tensor, hidden_states: Tensor, expert_weights: Tensor) -> Tensor:
+def compute(
+    cache: Tensor, hidden_states: Tensor, expert_weights: Tensor, output: Tensor | None = None
+) -> Tensor:
     """Compute the experts of the layer that was planned last, for a few tokens, on CUDA.
 
     Resident experts come first, the others as they arrive. Gates are SiLU, or gpt-oss's where the
@@ -87,6 +89,7 @@ def compute(cache: Tensor, hidden_states: Tensor, expert_weights: Tensor) -> Ten
             `MAX_COMPUTE_TOKENS`; those whose `expert_ids` were planned.
         expert_weights: [tokens, k], contiguous, in that dtype or float32; at most
             `MAX_COMPUTE_PAIRS`.
+        output: like `hidden_states`, where to put the result; default: a new tensor.
 
     Returns:
         The weighted sum over each token's experts, [tokens, hidden].
@@ -94,8 +97,23 @@ def compute(cache: Tensor, hidden_states: Tensor, expert_weights: Tensor) -> Ten
     Raises:
         TransferError: an expert could not be read.
     """
+    if output is None:
+        output = torch.empty_like(hidden_states)
     with _typed_errors():
-        return _ops.compute(cache, hidden_states, expert_weights)
+        _ops.compute(cache, hidden_states, expert_weights, output)
+    return output
+
+
+def compute_slots(
+    cache: Tensor, slots: Tensor, hidden_states: Tensor, expert_weights: Tensor, output: Tensor
+) -> None:
+    """Compute whichever experts are in `slots`, int64 [tokens, k] on the CPU.
+
+    The rest is as for `compute`, whose kernels it runs. It asks nothing of the cache, so it can be
+    captured in a CUDA graph, for slots that keep their experts meanwhile.
+    """
+    with _typed_errors():
+        _ops.compute_slots(cache, slots, hidden_states, expert_weights, output)
 
 
 def release(cache: Tensor, row: int) -> None:
@@ -123,8 +141,13 @@ def _(cache: Tensor, expert_ids: Tensor, layer: int) -> Tensor:
 
 
 @torch.library.register_fake("expertflow::compute")
-def _(cache: Tensor, hidden_states: Tensor, expert_weights: Tensor) -> Tensor:
-    return torch.empty_like(hidden_states)
+def _(cache: Tensor, hidden_states: Tensor, expert_weights: Tensor, output: Tensor) -> None: ...
+
+
+@torch.library.register_fake("expertflow::compute_slots")
+def _(
+    cache: Tensor, slots: Tensor, hidden_states: Tensor, expert_weights: Tensor, output: Tensor
+) -> None: ...
 
 
 @torch.library.register_fake("expertflow::wait")

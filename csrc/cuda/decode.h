@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "core/dtype.h"
 #include "cuda/expert_cache.h"
@@ -30,5 +31,11 @@ size_t DecodeWorkspaceBytes(const ExpertCache& cache, int32_t num_tokens, int32_
 // ExpertCache::Wait does. Throws std::invalid_argument if the step is not that of the current plan,
 // and what Wait throws.
 void ComputeDecodeStep(ExpertCache& cache, const DecodeStep& step, cudaStream_t stream);
+
+// The same with the experts that are in `slots` [num_tokens * top_k], whichever they are: asks
+// nothing of the cache and waits for nothing, so it can be captured in a CUDA graph. Throws
+// std::invalid_argument for slots that do not exist or another number of them.
+void ComputeSlots(const ExpertCache& cache, std::span<const int64_t> slots, const DecodeStep& step,
+                  cudaStream_t stream);
 
 }  // namespace expertflow::cuda

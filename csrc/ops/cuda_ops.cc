@@ -46,37 +46,68 @@ void CheckMatrix(const Tensor& tensor, const char* name, int device) {
       " must be contiguous, of two dimensions, and on cuda:" + std::to_string(device));
 }
 
-Tensor ComputeOp(Tensor cache, Tensor hidden_states, Tensor expert_weights) {
-  const auto owner = Unwrap<cuda::ExpertCache>(cache, Backend::kCuda);
-  CheckMatrix(hidden_states, "hidden_states", owner->device());
-  CheckMatrix(expert_weights, "expert_weights", owner->device());
-  const auto num_tokens = Saturated(hidden_states.size(0));
-  const auto top_k = Saturated(expert_weights.size(1));
-  const size_t workspace_bytes = cuda::DecodeWorkspaceBytes(*owner, num_tokens, top_k);
-  const ExpertMlpShape& shape = owner->mlp()->shape();
-  if (hidden_states.size(1) != shape.hidden || expert_weights.size(0) != num_tokens ||
-      ToDType(hidden_states, "hidden_states") != shape.dtype) {
-    throw std::invalid_argument("hidden_states must be [tokens, " + std::to_string(shape.hidden) +
-                                "] in " + DTypeName(shape.dtype) +
-                                ", and expert_weights [tokens, k]");
+// Checks the tensors of a decode step, and makes room for what it needs beside them.
+class StepTensors {
+ public:
+  StepTensors(const cuda::ExpertCache& cache, const Tensor& hidden_states,
+              const Tensor& expert_weights, const Tensor& output)
+      : hidden_states_(hidden_states), expert_weights_(expert_weights), output_(output) {
+    CheckMatrix(hidden_states, "hidden_states", cache.device());
+    CheckMatrix(expert_weights, "expert_weights", cache.device());
+    CheckMatrix(output, "output", cache.device());
+    num_tokens_ = Saturated(hidden_states.size(0));
+    top_k_ = Saturated(expert_weights.size(1));
+    const size_t workspace_bytes = cuda::DecodeWorkspaceBytes(cache, num_tokens_, top_k_);
+    const ExpertMlpShape& shape = cache.mlp()->shape();
+    for (const Tensor& tensor : {hidden_states, output}) {
+      if (tensor.size(0) == num_tokens_ && tensor.size(1) == shape.hidden &&
+          ToDType(tensor, "hidden_states") == shape.dtype) {
+        continue;
+      }
+      throw std::invalid_argument("hidden_states and output must be [tokens, " +
+                                  std::to_string(shape.hidden) + "] in " + DTypeName(shape.dtype));
+    }
+    if (expert_weights.size(0) != num_tokens_) {
+      throw std::invalid_argument("expert_weights must have a row for each of hidden_states");
+    }
+    partial_ = torch::stable::new_empty(hidden_states, {num_tokens_ * top_k_, shape.hidden});
+    const size_t num_elements = workspace_bytes / hidden_states.element_size();
+    workspace_ = torch::stable::new_empty(hidden_states, {static_cast<int64_t>(num_elements)});
   }
-  const auto elements = [&](size_t num_bytes) {
-    return static_cast<int64_t>(num_bytes / hidden_states.element_size());
-  };
-  Tensor output = torch::stable::new_empty(hidden_states, {num_tokens, shape.hidden});
-  Tensor partial = torch::stable::new_empty(hidden_states, {num_tokens * top_k, shape.hidden});
-  Tensor workspace = torch::stable::new_empty(hidden_states, {elements(workspace_bytes)});
-  cuda::ComputeDecodeStep(*owner,
-                          {.hidden = hidden_states.const_data_ptr(),
-                           .weights = expert_weights.const_data_ptr(),
-                           .weights_dtype = ToDType(expert_weights, "expert_weights"),
-                           .output = output.mutable_data_ptr(),
-                           .partial = partial.mutable_data_ptr(),
-                           .workspace = workspace.mutable_data_ptr(),
-                           .num_tokens = num_tokens,
-                           .top_k = top_k},
-                          CurrentStream(owner->device()));
-  return output;
+
+  cuda::DecodeStep step() const {
+    return {.hidden = hidden_states_.const_data_ptr(),
+            .weights = expert_weights_.const_data_ptr(),
+            .weights_dtype = ToDType(expert_weights_, "expert_weights"),
+            .output = output_.mutable_data_ptr(),
+            .partial = partial_.mutable_data_ptr(),
+            .workspace = workspace_.mutable_data_ptr(),
+            .num_tokens = num_tokens_,
+            .top_k = top_k_};
+  }
+
+ private:
+  Tensor hidden_states_;
+  Tensor expert_weights_;
+  Tensor output_;
+  Tensor partial_;
+  Tensor workspace_;
+  int32_t num_tokens_;
+  int32_t top_k_;
+};
+
+void ComputeOp(Tensor cache, Tensor hidden_states, Tensor expert_weights, Tensor output) {
+  const auto owner = Unwrap<cuda::ExpertCache>(cache, Backend::kCuda);
+  const StepTensors tensors(*owner, hidden_states, expert_weights, output);
+  cuda::ComputeDecodeStep(*owner, tensors.step(), CurrentStream(owner->device()));
+}
+
+void ComputeSlotsOp(Tensor cache, Tensor slots, Tensor hidden_states, Tensor expert_weights,
+                    Tensor output) {
+  CheckInt64Cpu(slots, "slots");
+  const auto owner = Unwrap<cuda::ExpertCache>(cache, Backend::kCuda);
+  const StepTensors tensors(*owner, hidden_states, expert_weights, output);
+  cuda::ComputeSlots(*owner, Values(slots), tensors.step(), CurrentStream(owner->device()));
 }
 
 }  // namespace
@@ -85,5 +116,6 @@ Tensor ComputeOp(Tensor cache, Tensor hidden_states, Tensor expert_weights) {
 STABLE_TORCH_LIBRARY_IMPL(expertflow, CUDA, m) {
   m.impl("plan", TORCH_BOX(&expertflow::ops::PlanOp));
   m.impl("compute", TORCH_BOX(&expertflow::ops::ComputeOp));
+  m.impl("compute_slots", TORCH_BOX(&expertflow::ops::ComputeSlotsOp));
 }
 #endif

@@ -50,7 +50,12 @@ STABLE_TORCH_LIBRARY(expertflow, m) {
   m.def("wait(Tensor(a!) cache, int row) -> ()");
   m.def("release(Tensor(a!) cache, int row) -> ()");
   m.def("prefetch(Tensor(a!) cache, Tensor expert_ids, int layer, int distance) -> ()");
-  m.def("compute(Tensor(a!) cache, Tensor hidden_states, Tensor expert_weights) -> Tensor");
+  m.def(
+      "compute(Tensor(a!) cache, Tensor hidden_states, Tensor expert_weights, Tensor(b!) output) "
+      "-> ()");
+  m.def(
+      "compute_slots(Tensor(a!) cache, Tensor slots, Tensor hidden_states, Tensor expert_weights, "
+      "Tensor(b!) output) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertflow, CPU, m) {

@@ -5,8 +5,6 @@ ops were called on it. The ops declare the handle as mutated, which it is, so to
 drops nor reorders them.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,18 +24,12 @@ MAX_COMPUTE_TOKENS = 16
 MAX_COMPUTE_PAIRS = 256
 
 
-@contextlib.contextmanager
-def _typed_errors() -> Iterator[None]:
-    """Within, RuntimeErrors of ops become what they were in C++."""
-    try:
-        yield
-    except RuntimeError as error:
-        message = str(error).partition("\n")[0]
-        if message.startswith("cannot load expert"):
-            raise TransferError(message) from None
-        if message.startswith("cudaError"):
-            raise CudaError(message) from None
-        raise
+def _typed(error: RuntimeError) -> Exception:
+    """What the RuntimeError of an op was in C++."""
+    message = str(error).partition("\n")[0]
+    if message.startswith("cannot load expert"):
+        return TransferError(message)
+    return CudaError(message) if message.startswith("cudaError") else error
 
 
 def plan(cache: Tensor, expert_ids: Tensor, layer: int) -> Tensor:
@@ -59,8 +51,10 @@ def plan(cache: Tensor, expert_ids: Tensor, layer: int) -> Tensor:
         IndexError: a layer or an expert id that the model does not have.
         CudaError: the work that computes the ids failed.
     """
-    with _typed_errors():
+    try:
         return _ops.plan(cache, expert_ids, layer)
+    except RuntimeError as error:
+        raise _typed(error) from None
 
 
 def wait(cache: Tensor, row: int) -> None:
@@ -71,8 +65,10 @@ def wait(cache: Tensor, row: int) -> None:
     Raises:
         TransferError: it could not be read.
     """
-    with _typed_errors():
+    try:
         _ops.wait(cache, row)
+    except RuntimeError as error:
+        raise _typed(error) from None
 
 
 def compute(
@@ -99,8 +95,10 @@ def compute(
     """
     if output is None:
         output = torch.empty_like(hidden_states)
-    with _typed_errors():
+    try:
         _ops.compute(cache, hidden_states, expert_weights, output)
+    except RuntimeError as error:
+        raise _typed(error) from None
     return output
 
 
@@ -112,8 +110,10 @@ def compute_slots(
     The rest is as for `compute`, whose kernels it runs. It asks nothing of the cache, so it can be
     captured in a CUDA graph, for slots that keep their experts meanwhile.
     """
-    with _typed_errors():
+    try:
         _ops.compute_slots(cache, slots, hidden_states, expert_weights, output)
+    except RuntimeError as error:
+        raise _typed(error) from None
 
 
 def release(cache: Tensor, row: int) -> None:
@@ -121,8 +121,10 @@ def release(cache: Tensor, row: int) -> None:
 
     On CUDA, once the work that is on the current stream by now has ended.
     """
-    with _typed_errors():
+    try:
         _ops.release(cache, row)
+    except RuntimeError as error:
+        raise _typed(error) from None
 
 
 def prefetch(cache: Tensor, expert_ids: Tensor, layer: int, distance: int) -> None:

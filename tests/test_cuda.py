@@ -185,7 +185,7 @@ def test_compute_slots_can_be_captured():
         ops.compute_slots(cache.handle, ids, hidden, weights, output)
     graph.replay()
     assert torch.equal(output, expected)
-    with pytest.raises(RuntimeError, match="slot 8 does not exist"):
+    with pytest.raises(ValueError, match="slot 8 does not exist"):
         ops.compute_slots(cache.handle, ids + 3, hidden, weights, output)
 
 

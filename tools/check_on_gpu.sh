@@ -1,7 +1,7 @@
 #!/bin/bash
-# usage: check_on_gpu.sh [build|cpp|python|sanitize|bench]...    on a machine with a GPU, nvcc and a CUDA torch.
+# usage: check_on_gpu.sh [build|cpp|python|sanitize|bench|soak]...    on a machine with a GPU, nvcc and a CUDA torch.
 # Builds for the GPU that is there into build/gpu, with the python3 on the PATH, and runs what needs a GPU:
-# C++ tests, Python tests, both kernel tests under compute-sanitizer, C++ benchmarks. Default: all.
+# C++ tests, Python tests, C++ tests under compute-sanitizer, C++ benchmarks, the soak. Default: all.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=build/gpu
@@ -24,7 +24,7 @@ compile() {
 
 cpp_tests() { ctest --test-dir $build -j 4 --output-on-failure --no-tests=error -E Benchmark 2>&1 | grep -vE 'Passed|Start '; }
 
-python_tests() { PYTHONPATH=. python3 -m pytest -q -x --maxfail=8 tests/test_cuda.py; }
+python_tests() { PYTHONPATH=. python3 -m pytest -q --maxfail=8 tests/test_cuda.py; }
 
 sanitize() {
   for tool in memcheck racecheck synccheck; do
@@ -40,7 +40,7 @@ sanitize() {
 
 bench() { for one in $build/cuda_*_bench; do echo "-- $one"; $one 2>/dev/null || failed=yes; done; }
 
-[ $# -gt 0 ] || set -- build cpp python sanitize bench
+[ $# -gt 0 ] || set -- build cpp python sanitize bench soak
 for part in "$@"; do
   case $part in
     build) step build compile ;;
@@ -48,6 +48,7 @@ for part in "$@"; do
     python) step "Python tests" python_tests ;;
     sanitize) step compute-sanitizer sanitize ;;
     bench) step benchmarks bench ;;
+    soak) step soak env PYTHONPATH=. python3 bench/cuda/soak.py ;;
     *) echo "unknown part '$part'" >&2; exit 2 ;;
   esac
 done

@@ -26,7 +26,7 @@ constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kExpertBytes = 9 * kMiB;
 constexpr int32_t kExperts = 256;
 constexpr int32_t kBatch = 96;  // experts in a full queue
-constexpr int32_t kSlots = 128;
+constexpr int32_t kSlots = kBatch;  // so that two batches in turn never hit
 constexpr size_t kChunkBytes = 4 * kMiB;  // as expertflow/cache.py has it
 
 double NowUs() {
@@ -156,11 +156,13 @@ void BM_Preemption(benchmark::State& state) {
   cuda::ExpertCache cache(Pool(), Layout(), Options(kChunkBytes), 0);
   const CudaStream stream;
   std::vector<double> waits_us;
+  std::vector<int64_t> every_id(kExperts);
+  std::iota(every_id.begin(), every_id.end(), 0);
+  const Ids ids(every_id);
   int64_t expert = 0;
   const auto demand_us = [&](int64_t id) {
-    const Ids ids({id});
     const double begin_us = NowUs();
-    cache.BeginLayer(0, ids.get(), 1, 1, stream.get());
+    cache.BeginLayer(0, ids.get() + id, 1, 1, stream.get());
     cache.Wait(0, stream.get());
     stream.Synchronize();
     return NowUs() - begin_us;

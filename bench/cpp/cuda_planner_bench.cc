@@ -42,7 +42,7 @@ class TimedGraph {
     EXPERTFLOW_CUDA_CHECK(cudaEventCreate(&begin_));
     EXPERTFLOW_CUDA_CHECK(cudaEventCreate(&end_));
     cudaGraph_t graph;
-    EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
+    EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeRelaxed));
     enqueue(stream_.get());
     EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream_.get(), &graph));
     EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&exec_, graph, 0));
@@ -91,18 +91,20 @@ class PlannedRoutes {
   PlannedRoutes(const Routes& routes, PolicyKind policy, bool to_host)
       : planner_(kShape.num_layers, kShape.num_experts, kNumSlots,
                  {.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy}),
-        ids_(sizeof(int64_t) * routes.size(), "routes"),
+        ids_(CopyToDevice(routes)),
         host_plan_(to_host ? reinterpret_cast<LayerPlan*>(host_memory_.data()) : nullptr),
-        graph_((CopyIn(routes), [this](cudaStream_t stream) { Enqueue(stream); })) {}
+        graph_([this](cudaStream_t stream) { Enqueue(stream); }) {}
 
   TimedGraph& graph() { return graph_; }
   LayerStatistics Statistics() const { return Total(planner_.ReadStatistics()); }
 
  private:
-  void CopyIn(const Routes& routes) {
+  static DeviceMemory CopyToDevice(const Routes& routes) {
+    DeviceMemory ids(sizeof(int64_t) * routes.size(), "routes");
     EXPERTFLOW_CUDA_CHECK(
-        cudaMemcpy(ids_.data(), routes.data(), ids_.num_bytes(), cudaMemcpyHostToDevice));
+        cudaMemcpy(ids.data(), routes.data(), ids.num_bytes(), cudaMemcpyHostToDevice));
     EXPERTFLOW_CUDA_CHECK(cudaDeviceSynchronize());
+    return ids;
   }
 
   void Enqueue(cudaStream_t stream) {

@@ -167,7 +167,9 @@ class BlockPlanner {
     ClearShared();
     block_.Sync();
     if (has_id_) NoteRouted(wide ? id64 : id32);
-    now_ = request_.clock->now + 1;
+    const PlanClock clock = *request_.clock;
+    now_ = clock.now + 1;
+    sequence_ = clock.sequence + 1;
     own.Load(now_);
     block_.Sync();
     block_.WaitForCopies();
@@ -269,12 +271,15 @@ class BlockPlanner {
     if (thread_ == 0) {
       const int32_t num_rows = planned ? shared_.num_rows : 0;
       FillHeader(*request_.plan, status, num_rows);
-      request_.plan->sequence = ++request_.clock->sequence;
+      request_.plan->sequence = request_.clock->sequence = sequence_;
       if (request_.host_plan != nullptr) FillHeader(*request_.host_plan, status, num_rows);
     }
     if (request_.host_plan == nullptr) return;
     block_.Sync();
-    if (thread_ == 0) block_.Release(request_.host_plan->sequence, request_.plan->sequence);
+    // Takes about as long as all the rest, so not by a warp that has rows to place meanwhile.
+    if (thread_ == block_.num_threads() - 1) {
+      block_.Release(request_.host_plan->sequence, sequence_);
+    }
   }
 
   EXPERTFLOW_DEVICE void FillHeader(LayerPlan& plan, LayerPlanStatus status,
@@ -288,14 +293,15 @@ class BlockPlanner {
   }
 
   EXPERTFLOW_DEVICE void UpdateTable() {
+    const auto add = [this](int64_t& counter, int64_t amount) { block_.Add(counter, amount); };
     if (planning_.policy == PolicyKind::kOnDemand) {
       for (int32_t s = thread_; s < planning_.table.num_slots; s += block_.num_threads()) {
-        DropIfReady(planning_, static_cast<SlotId>(s));
+        DropIfReady(planning_, static_cast<SlotId>(s), add);
       }
       block_.Sync();
     }
     if (is_row_ && state_ == Index(RowState::kMiss)) {
-      PlaceMiss(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false);
+      PlaceMiss(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false, add);
       if (request_.fetch == MissFetch::kSameStream) {
         planning_.table.slot_state[Index(slot_)] = SlotState::kReady;
       }
@@ -305,9 +311,9 @@ class BlockPlanner {
     if (thread_ != 0) return;
     request_.clock->now = now_;
     LayerStatistics& counts = planning_.statistics[request_.layer];
-    Count(counts.hits, num_hits_);
-    Count(counts.late_hits, num_loading_);
-    Count(counts.misses, shared_.num_rows - num_hits_ - num_loading_);
+    add(counts.hits, num_hits_);
+    add(counts.late_hits, num_loading_);
+    add(counts.misses, shared_.num_rows - num_hits_ - num_loading_);
   }
 
   EXPERTFLOW_DEVICE ExpertIndex RowExpert() const {
@@ -322,6 +328,7 @@ class BlockPlanner {
   const int32_t thread_;
 
   Tick now_ = 0;
+  uint64_t sequence_ = 0;
   // Of this thread's id.
   bool has_id_ = false;
   bool is_row_ = false;

@@ -14,9 +14,9 @@
 // than itself, which is its place in the order. More than eight victims take several passes.
 //
 // A `Block` is what a CUDA block gives its threads: thread(), num_threads() (whole warps of 32),
-// Sync(), ShuffleXor(value, mask) within a warp, and Add(counter, amount), which is atomic and
-// returns the value before. A `Source` has Visit(f), which calls f(candidate) for every candidate
-// of the calling thread.
+// Sync(), ShuffleXor(value, mask) within a warp, and Add(counter, amount) for 32 and 64 bits, which
+// is atomic and returns the value before. A `Source` has Visit(f), which calls f(candidate) for
+// every candidate of the calling thread.
 
 namespace expertflow {
 

@@ -33,7 +33,7 @@ struct LayerPlan {
 };
 
 // Lives in device memory, so that a captured graph plans at a new tick with every replay.
-struct PlanClock {
+struct alignas(16) PlanClock {
   Tick now;           // of the last plan
   uint64_t sequence;  // of the last launch
 };

@@ -188,7 +188,7 @@ void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
 void Planner::AssignRow(PlanRow& row) {
   const ExpertIndex expert = ToIndex(table_, {plan_.layer, row.expert});
   const int64_t key = table_.expert_key[Index(expert)];
-  PlaceMiss(planning_, row.slot, expert, key, plan_.tick, plan_.streaming);
+  PlaceMiss(planning_, row.slot, expert, key, plan_.tick, plan_.streaming, AddPlainly());
 }
 
 int32_t Planner::Advance(int32_t row) {
@@ -216,7 +216,7 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   if (SelectVictims(expert.layer, 1, now, /*spare_predicted=*/true) == 0) return SlotId::kNone;
   const auto slot = static_cast<SlotId>(candidates_.front().slot);
   const int32_t s = Index(slot);
-  Replace(planning_, slot, index);
+  Replace(planning_, slot, index, AddPlainly());
   table_.slot_key[s] = KeyOnUse(planning_, table_.expert_key[Index(index)], now);
   table_.slot_predicted[s] = needed_at;
   table_.slot_unused[s] = 1;
@@ -240,7 +240,9 @@ void Planner::Drop(SlotId slot) {
 }
 
 void Planner::DropResidents() {
-  for (int32_t s = 0; s < table_.num_slots; ++s) DropIfReady(planning_, static_cast<SlotId>(s));
+  for (int32_t s = 0; s < table_.num_slots; ++s) {
+    DropIfReady(planning_, static_cast<SlotId>(s), AddPlainly());
+  }
 }
 
 }  // namespace expertflow

@@ -13,7 +13,7 @@
 
 // What planning does to one slot or one row. The host's planner and the planner kernel are made of
 // these functions, so they decide alike; each has only its own way to scan for the smallest ranks.
-// In a kernel, every row and every slot has its own thread: the functions share counters only.
+// In a kernel, every row and every slot has its own thread: they share the counters only.
 
 namespace expertflow {
 
@@ -95,32 +95,31 @@ EXPERTFLOW_HD inline int64_t KeyOnUse(const PlanningView& planning, int64_t key,
   });
 }
 
-// In a kernel, several threads may count at once.
-EXPERTFLOW_HD inline void Count(int64_t& counter, int64_t amount) {
-#ifdef __CUDA_ARCH__
-  atomicAdd(reinterpret_cast<unsigned long long*>(&counter),
-            static_cast<unsigned long long>(amount));
-#else
-  counter += amount;
-#endif
-}
+// How functions below add to a counter of the statistics, where one thread does all the planning.
+// Threads that plan together pass something atomic instead.
+struct AddPlainly {
+  EXPERTFLOW_HD void operator()(int64_t& counter, int64_t amount) const { counter += amount; }
+};
 
 // Counts the eviction of `expert`, if it is one; `unused` says that it was prefetched for nothing.
+template <class Add>
 EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, ExpertIndex expert,
-                                        bool unused) {
+                                        bool unused, const Add& add) {
   if (expert == ExpertIndex::kNone) return;
   LayerStatistics& counts = planning.statistics[ToId(planning.table, expert).layer];
-  Count(counts.evictions, 1);
-  if (unused) Count(counts.wasted_prefetch_bytes, planning.expert_bytes);
+  add(counts.evictions, 1);
+  if (unused) add(counts.wasted_prefetch_bytes, planning.expert_bytes);
 }
 
 // Gives `slot` to `expert`, which is not resident, and counts what is evicted: last, because a
 // kernel still waits for what it read, and the stores need not.
-EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot, ExpertIndex expert) {
+template <class Add>
+EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot, ExpertIndex expert,
+                                  const Add& add) {
   const ExpertIndex evicted = planning.table.slot_expert[Index(slot)];
   const bool unused = planning.table.slot_unused[Index(slot)] != 0;
   Assign(planning.table, slot, expert);
-  CountEviction(planning, evicted, unused);
+  CountEviction(planning, evicted, unused, add);
 }
 
 // The plan of tick `now` uses `expert`, which is in `slot` and had `key` before. A streaming plan
@@ -136,18 +135,20 @@ EXPERTFLOW_HD inline void RecordUse(const PlanningView& planning, SlotId slot, E
 }
 
 // Gives `slot` to a missing expert of the plan of tick `now`, which had `key` before.
+template <class Add>
 EXPERTFLOW_HD inline void PlaceMiss(const PlanningView& planning, SlotId slot, ExpertIndex expert,
-                                    int64_t key, Tick now, bool streaming) {
-  Replace(planning, slot, expert);
+                                    int64_t key, Tick now, bool streaming, const Add& add) {
+  Replace(planning, slot, expert, add);
   planning.table.slot_key[Index(slot)] = kStreamedKey;
   RecordUse(planning, slot, expert, key, now, streaming);
 }
 
 // What the on-demand policy does to every slot before a plan: nothing that is ready outlives one.
-EXPERTFLOW_HD inline void DropIfReady(const PlanningView& planning, SlotId slot) {
+template <class Add>
+EXPERTFLOW_HD inline void DropIfReady(const PlanningView& planning, SlotId slot, const Add& add) {
   const int32_t s = Index(slot);
   if (planning.table.slot_state[s] != SlotState::kReady) return;
-  CountEviction(planning, planning.table.slot_expert[s], planning.table.slot_unused[s] != 0);
+  CountEviction(planning, planning.table.slot_expert[s], planning.table.slot_unused[s] != 0, add);
   Unassign(planning.table, slot);
 }
 

@@ -20,6 +20,10 @@ struct CudaBlock {
     return __shfl_xor_sync(0xffffffffU, static_cast<long long>(value), mask);
   }
   __device__ int32_t Add(int32_t& counter, int32_t amount) { return atomicAdd(&counter, amount); }
+  __device__ int64_t Add(int64_t& counter, int64_t amount) {
+    return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(&counter),
+                                          static_cast<unsigned long long>(amount)));
+  }
   __device__ void Min(int32_t& value, int32_t other) { atomicMin(&value, other); }
   __device__ void CopyAsync(int32_t& to, const int32_t& from) {
     __pipeline_memcpy_async(&to, &from, sizeof to);

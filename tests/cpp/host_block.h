@@ -42,7 +42,8 @@ class HostBlock {
     return other;
   }
 
-  int32_t Add(int32_t& counter, int32_t amount) {
+  template <class Int>
+  Int Add(Int& counter, Int amount) {
     return std::atomic_ref(counter).fetch_add(amount);
   }
 

@@ -20,9 +20,9 @@ ExpertWeights = dict[str, Tensor]
 # (tokens [n, H], weights of one expert) -> [n, H]
 ExpertMlp = Callable[[Tensor, ExpertWeights], Tensor]
 
-# On the CPU a demand waits for no more than one chunk a thread. On CUDA it waits for two, and
-# smaller ones do not reach the link's bandwidth.
-_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 4 << 20}
+# On the CPU a demand waits for no more than one chunk a thread. On CUDA it waits for two of a
+# prefetch, and smaller ones do not reach the link's bandwidth.
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 5 << 20}
 _open_caches: "weakref.WeakValueDictionary[int, ExpertCache]" = weakref.WeakValueDictionary()
 
 

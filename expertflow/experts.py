@@ -88,11 +88,12 @@ def _compute_block(
     is_decode = num_tokens <= ops.MAX_COMPUTE_TOKENS and num_tokens * top_k <= ops.MAX_COMPUTE_PAIRS
     if cache.mlp_hidden is not None and is_decode:
         return ops.compute(cache.handle, hidden_states.contiguous(), expert_weights.contiguous())
-    partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
     if grouped_mlp is not None:
-        compute_grouped(cache, rows, hidden_states, expert_ids, grouped_mlp, partial)
+        partial = compute_grouped(cache, rows, hidden_states, expert_ids, grouped_mlp)
+        if expert_weights.dtype in (hidden_states.dtype, torch.float32):
+            return ops.weighted_sum(partial, expert_weights.contiguous())
     else:
-        _compute_rows(cache, rows, hidden_states, expert_ids, expert_mlp, partial)
+        partial = _compute_rows(cache, rows, hidden_states, expert_ids, expert_mlp)
     weighted = partial.view(num_tokens, top_k, -1) * expert_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
@@ -103,10 +104,10 @@ def _compute_rows(
     hidden_states: Tensor,
     expert_ids: Tensor,
     expert_mlp: ExpertMlp,
-    partial: Tensor,
-) -> None:
-    """Fill `partial` [tokens * k, hidden], expert by expert."""
+) -> Tensor:
+    """Return what each expert makes of each of its tokens, [tokens * k, hidden]."""
     num_tokens, top_k = expert_ids.shape
+    partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
     places = _places_by_expert(expert_ids, rows)
     for index, (expert, slot, state, _, next_row, _) in enumerate(rows):
         if state != ops.HIT:
@@ -116,6 +117,7 @@ def _compute_rows(
         partial[place] = expert_mlp(tokens, cache.slot_weights(slot))
         if next_row != ops.NO_ROW:
             ops.release(cache.handle, index)
+    return partial
 
 
 def _places_by_expert(expert_ids: Tensor, rows: list[list[int]]) -> dict[int, Tensor]:

@@ -25,9 +25,9 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kExpertBytes = 9 * kMiB;
 constexpr int32_t kExperts = 256;
-constexpr int32_t kBatch = 96;  // experts in a full queue
-constexpr int32_t kSlots = kBatch;  // so that two batches in turn never hit
-constexpr size_t kChunkBytes = 4 * kMiB;  // as expertflow/cache.py has it
+constexpr int32_t kBatch = 96;            // experts in a full queue
+constexpr int32_t kSlots = kBatch;        // so that two batches in turn never hit
+constexpr size_t kChunkBytes = 5 * kMiB;  // as expertflow/cache.py has it
 
 double NowUs() {
   return std::chrono::duration<double, std::micro>(
@@ -110,27 +110,36 @@ BENCHMARK(BM_RawCopies)
     ->Iterations(5)
     ->Unit(benchmark::kMillisecond);
 
-// A queue full of experts, demanded by one plan: how much of raw copies of the same size is reached
-// from the call to the last byte.
-void BM_FullQueue(benchmark::State& state) {
-  cuda::ExpertCache cache(Pool(), Layout(), Options(static_cast<size_t>(state.range(0)) * 1024), 0);
+// A queue full of experts, demanded by one plan, or prefetched in chunks of a size: how much of raw
+// copies of the same experts is reached from the call to the last byte.
+void FullQueue(benchmark::State& state, size_t chunk_bytes, bool prefetch) {
+  cuda::ExpertCache cache(Pool(), Layout(), Options(chunk_bytes), 0);
   const CudaStream stream;
-  std::vector<int64_t> first(kBatch);
-  std::iota(first.begin(), first.end(), 0);
-  std::vector<int64_t> second(kBatch);
-  std::iota(second.begin(), second.end(), kExperts / 2);
-  const Ids ids[] = {Ids(first), Ids(second)};
+  std::vector<int64_t> batches[2] = {std::vector<int64_t>(kBatch), std::vector<int64_t>(kBatch)};
+  std::iota(batches[0].begin(), batches[0].end(), 0);
+  std::iota(batches[1].begin(), batches[1].end(), kExperts / 2);
+  const Ids ids[] = {Ids(batches[0]), Ids(batches[1])};
   std::vector<double> shares;
   double bytes_per_second = 0.0;
-  int turn = 0;
+  size_t turn = 0;
   for (auto _ : state) {
+    turn = 1 - turn;
     const double begin_us = NowUs();
-    const Ids& turn_ids = ids[turn++ % 2];
-    // As one token, so that all slots may be taken.
-    const Plan& plan = cache.BeginLayer(0, turn_ids.get(), turn_ids.count, 1, stream.get());
-    for (int32_t r = 0; r < std::ssize(plan.rows); ++r) cache.Wait(r, stream.get());
-    stream.Synchronize();
+    if (prefetch) {
+      cache.Prefetch(0, batches[turn], 1);
+      while (cache.statistics()[0].prefetch_bytes < int64_t{kBatch} * int64_t{kExpertBytes}) {
+      }
+    } else {
+      // As one token, so that all slots may be taken.
+      const Plan& plan = cache.BeginLayer(0, ids[turn].get(), ids[turn].count, 1, stream.get());
+      for (int32_t r = 0; r < std::ssize(plan.rows); ++r) cache.Wait(r, stream.get());
+      stream.Synchronize();
+    }
     const double us = NowUs() - begin_us;
+    if (prefetch) {  // they were used, or no slot may be taken next time
+      cache.BeginLayer(0, ids[turn].get(), ids[turn].count, 1, stream.get());
+      cache.ResetStatistics();
+    }
     state.SetIterationTime(us / 1e6);
     bytes_per_second = kBatch * kExpertBytes / us * 1e6;
     shares.push_back(bytes_per_second / RawBandwidth(kExpertBytes, kBatch));
@@ -140,11 +149,18 @@ void BM_FullQueue(benchmark::State& state) {
   state.counters["share_of_raw_median"] = shares[shares.size() / 2];
   state.counters["share_of_raw_min"] = shares.front();
 }
-BENCHMARK(BM_FullQueue)
+
+void BM_FullQueueOfDemands(benchmark::State& state) { FullQueue(state, kChunkBytes, false); }
+BENCHMARK(BM_FullQueueOfDemands)->UseManualTime()->Iterations(15)->Unit(benchmark::kMillisecond);
+
+void BM_FullQueueOfPrefetches(benchmark::State& state) {
+  FullQueue(state, static_cast<size_t>(state.range(0)) * 1024, true);
+}
+BENCHMARK(BM_FullQueueOfPrefetches)
     ->ArgName("chunk_KiB")
     ->Arg(1024)
-    ->Arg(2048)
-    ->Arg(4096)
+    ->Arg(3072)
+    ->Arg(5120)
     ->Arg(9216)
     ->UseManualTime()
     ->Iterations(11)

@@ -14,6 +14,7 @@
 
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
+// WaitForPrevious(), before which nothing is read that earlier work of the stream writes,
 // Min(value, other), atomic, CopyAsync(to, from), of a word into shared memory, for which
 // WaitForCopies() waits, and Release(word, value), which lets the host see `value` only after all
 // that the block wrote before.
@@ -158,13 +159,14 @@ class BlockPlanner {
   // Called by all threads, of which there are at least as many as ids.
   EXPERTFLOW_DEVICE void Run() {
     has_id_ = thread_ < request_.ids.count;
-    // On their way while shared memory is cleared; to convert one here would be to wait for it.
+    OwnSlots<Policy> own(planning_, request_.layer, first_of_expert_, thread_,
+                         block_.num_threads());
+    PrepareShared();
+    block_.WaitForPrevious();
+    // Only asked for: to convert one before the barrier would be to wait for it.
     const bool wide = request_.ids.int64 != nullptr;
     const int64_t id64 = has_id_ && wide ? request_.ids.int64[thread_] : 0;
     const int32_t id32 = has_id_ && !wide ? request_.ids.int32[thread_] : 0;
-    OwnSlots<Policy> own(planning_, request_.layer, first_of_expert_, thread_,
-                         block_.num_threads());
-    ClearShared();
     block_.Sync();
     if (has_id_) NoteRouted(wide ? id64 : id32);
     const PlanClock clock = *request_.clock;
@@ -181,7 +183,8 @@ class BlockPlanner {
  private:
   static constexpr int32_t kNotRouted = OwnSlots<Policy>::kNotRouted;
 
-  EXPERTFLOW_DEVICE void ClearShared() {
+  // Reads nothing that an earlier kernel writes.
+  EXPERTFLOW_DEVICE void PrepareShared() {
     for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
       first_of_expert_[e] = kNotRouted;
     }

@@ -19,7 +19,7 @@ import torch
 from . import _core
 from ._core import CheckpointSource, ExpertSource, RamPool
 from .build_info import build_info
-from .cache import ExpertCache
+from .cache import NUM_FILE_READERS, ExpertCache
 from .cache_size import CacheSize, check_cache_fits, check_cuda_cache_fits, size_cache
 from .errors import CheckpointError
 from .experts import StreamedExperts
@@ -210,7 +210,7 @@ def _open_source(
     num_experts, on_cuda = model.skeleton.num_experts_total, device.type == "cuda"
     numa_node = build_info()["gpus"][device.index]["numa_node"] if on_cuda else None
     pool = RamPool(model.layout, num_experts, -1 if numa_node is None else numa_node)
-    threads = num_threads or min(len(os.sched_getaffinity(0)), 16 if on_cuda else 8)
+    threads = num_threads or max(NUM_FILE_READERS, min(len(os.sched_getaffinity(0)), 16))
     if not on_cuda or pin_memory is False:
         _fill(pool.start_fill(source, threads), progress)
         return pool

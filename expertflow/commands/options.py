@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from ..cache_size import POLICIES
+from .._core import POLICIES
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from .build_info import build_info
 from .cache import NUM_FILE_READERS, ExpertCache
 from .cache_size import CacheSize, check_cache_fits, check_cuda_cache_fits, size_cache
 from .errors import CheckpointError
-from .experts import StreamedExperts
+from .experts import StreamedExperts, refuse_loading_experts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
@@ -128,6 +128,7 @@ def from_pretrained(
     )
     for layer_index, module in enumerate(experts):
         module.bind(streamed.expert_cache, layer_index)
+    refuse_loading_experts(streamed)
     streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed

@@ -96,19 +96,50 @@ def from_pretrained(
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
-    model = open_model(path, dtype, arguments)
-    on_cuda = chosen.type == "cuda"
+    streamed, loading_info = load_opened_model(
+        open_model(path, dtype, arguments),
+        expert_cache=expert_cache,
+        policy=policy,
+        cache_scope=cache_scope,
+        pool=pool,
+        device=chosen,
+        pin_memory=pin_memory,
+        ram_limit=ram_limit,
+        num_threads=num_threads,
+        progress=progress,
+    )
+    return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
+
+
+def load_opened_model(
+    model: OpenedModel,
+    *,
+    expert_cache: str | float | int,
+    policy: str,
+    cache_scope: str,
+    pool: str,
+    device: torch.device,
+    ram_limit: str | float | int | None,
+    progress: bool,
+    pin_memory: bool | None = None,
+    num_threads: int | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The second half of `from_pretrained`: check sizes, then read.
+
+    Returns the model and transformers' loading information.
+    """
+    on_cuda = device.type == "cuda"
     size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
     check_cache_fits(size, available_memory(ram_limit), pool_is_fixed=False)
     if on_cuda:
         torch.cuda.empty_cache()
-        check_cuda_cache_fits(size, torch.cuda.mem_get_info(chosen)[0], chosen)
+        check_cuda_cache_fits(size, torch.cuda.mem_get_info(device)[0], device)
 
     streamed, loading_info = _load_without_experts(model, progress)
-    streamed.to(chosen)
+    streamed.to(device)
     experts = _experts_modules(streamed, model)
     try:
-        source = _open_source(model, size, chosen, pin_memory, num_threads, progress)
+        source = _open_source(model, size, device, pin_memory, num_threads, progress)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they would keep the pool alive
         raise
@@ -123,7 +154,7 @@ def from_pretrained(
         policy=size.policy,
         scope=size.scope,
         num_threads=num_threads,
-        device=chosen,
+        device=device,
         mlp_hidden=experts[0].mlp_hidden() if on_cuda else None,
     )
     for layer_index, module in enumerate(experts):
@@ -131,7 +162,7 @@ def from_pretrained(
     refuse_loading_experts(streamed)
     streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
-    return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
+    return streamed, loading_info
 
 
 def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict[str, Any]]:

@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from ..generation import encode, generate
-from ..loading import from_pretrained
-from ..model_info import model_info
+from ..loading import load_opened_model
+from ..model_info import open_model
 from ..results_table import results_table
+from ..unsupported import chosen_device
 from .options import add_loading_options, add_model, not_negative, positive
 
 
@@ -36,17 +37,17 @@ def _run(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer, TextStreamer
 
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    model_info(options.model, dtype=options.dtype)  # before anything large is read
+    device = chosen_device(options.device, None)
+    opened = open_model(options.model, options.dtype, {})
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    encode(tokenizer, prompt)
-    model = from_pretrained(
-        options.model,
+    encode(tokenizer, prompt)  # its errors come before anything large is read
+    model, _ = load_opened_model(
+        opened,
         expert_cache=options.expert_cache,
         policy=options.policy,
         cache_scope=options.cache_scope,
         pool=options.pool,
-        device=options.device,
-        dtype=options.dtype,
+        device=device,
         ram_limit=options.ram_limit,
         progress=sys.stderr.isatty(),
     )

@@ -8,7 +8,11 @@ from .._core import POLICIES
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add MODEL."""
-    parser.add_argument("model", metavar="MODEL", help="directory or Hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="directory, or Hub id, which is downloaded unless the Hub cache has it",
+    )
 
 
 def add_ram_limit(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DTYPE_CODES: dict[str, int]
+POLICIES: tuple[str, ...]
 
 def build_info() -> dict[str, Any]: ...
 def min_slots(num_layers: int, top_k: int, scope: str) -> int: ...

@@ -194,20 +194,11 @@ class StreamedExperts(nn.Module):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Refused if `state_dict` has experts: with strict=False torch would drop them."""
-        if given := sorted(name for name in state_dict if name.startswith(prefix)):
-            raise UnsupportedModelError(
-                f"load_state_dict() of a streamed model would leave out its experts, such as "
-                f"{given[0]}: they are read from the checkpoint. Save the weights as a checkpoint "
-                "with transformers and load that with expertflow.from_pretrained."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Behind half(), to(), ... of a part of the model: refused where it would change it."""
+        """Behind half(), to(), ... of a part of the model: refused where it would change it.
+
+        torch asks one module after the other: those before the experts have changed by then.
+        """
         if self.cache is not None:
             dtype = getattr(torch, self.cache.layout.segments[0][1])
             refuse_conversion(fn, torch.empty(0, dtype=dtype))
@@ -279,6 +270,33 @@ class StreamedExperts(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             output = self.forward(hidden_states.to(self.cache.dtype), top_k_index, top_k_weights)
         return output.to(hidden_states.dtype)
+
+
+def refuse_loading_experts(model: nn.Module) -> None:
+    """Have load_state_dict() of `model` and of its parts refuse experts, before it loads anything.
+
+    With strict=False torch would drop them.
+    """
+    for module in model.modules():
+        if any(isinstance(part, StreamedExperts) for part in module.modules()):
+            module.register_load_state_dict_pre_hook(_refuse_given_experts)
+
+
+def _refuse_given_experts(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """A hook of load_state_dict(), where `module` is called `prefix`."""
+    inside = tuple(
+        f"{prefix}{name}." if name else prefix
+        for name, part in module.named_modules()
+        if isinstance(part, StreamedExperts)
+    )
+    if given := sorted(name for name in state_dict if name.startswith(inside)):
+        raise UnsupportedModelError(
+            f"load_state_dict() of a streamed model would leave out its experts, such as "
+            f"{given[0]}: they are read from the checkpoint. Save the weights as a checkpoint "
+            "with transformers and load that with expertflow.from_pretrained."
+        )
 
 
 # It reads back from the device: no CUDA graph can hold it, so inductor cuts its graphs around it.

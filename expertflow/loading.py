@@ -19,10 +19,10 @@ import torch
 from . import _core
 from ._core import CheckpointSource, ExpertSource, RamPool
 from .build_info import build_info
-from .cache import ExpertCache
+from .cache import NUM_FILE_READERS, ExpertCache
 from .cache_size import CacheSize, check_cache_fits, check_cuda_cache_fits, size_cache
 from .errors import CheckpointError
-from .experts import StreamedExperts
+from .experts import StreamedExperts, refuse_loading_experts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
@@ -96,19 +96,50 @@ def from_pretrained(
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
-    model = open_model(path, dtype, arguments)
-    on_cuda = chosen.type == "cuda"
+    streamed, loading_info = load_opened_model(
+        open_model(path, dtype, arguments),
+        expert_cache=expert_cache,
+        policy=policy,
+        cache_scope=cache_scope,
+        pool=pool,
+        device=chosen,
+        pin_memory=pin_memory,
+        ram_limit=ram_limit,
+        num_threads=num_threads,
+        progress=progress,
+    )
+    return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
+
+
+def load_opened_model(
+    model: OpenedModel,
+    *,
+    expert_cache: str | float | int,
+    policy: str,
+    cache_scope: str,
+    pool: str,
+    device: torch.device,
+    ram_limit: str | float | int | None,
+    progress: bool,
+    pin_memory: bool | None = None,
+    num_threads: int | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The second half of `from_pretrained`: check sizes, then read.
+
+    Returns the model and transformers' loading information.
+    """
+    on_cuda = device.type == "cuda"
     size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
     check_cache_fits(size, available_memory(ram_limit), pool_is_fixed=False)
     if on_cuda:
         torch.cuda.empty_cache()
-        check_cuda_cache_fits(size, torch.cuda.mem_get_info(chosen)[0], chosen)
+        check_cuda_cache_fits(size, torch.cuda.mem_get_info(device)[0], device)
 
     streamed, loading_info = _load_without_experts(model, progress)
-    streamed.to(chosen)
+    streamed.to(device)
     experts = _experts_modules(streamed, model)
     try:
-        source = _open_source(model, size, chosen, pin_memory, num_threads, progress)
+        source = _open_source(model, size, device, pin_memory, num_threads, progress)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they would keep the pool alive
         raise
@@ -123,14 +154,15 @@ def from_pretrained(
         policy=size.policy,
         scope=size.scope,
         num_threads=num_threads,
-        device=chosen,
+        device=device,
         mlp_hidden=experts[0].mlp_hidden() if on_cuda else None,
     )
     for layer_index, module in enumerate(experts):
         module.bind(streamed.expert_cache, layer_index)
+    refuse_loading_experts(streamed)
     streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
-    return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
+    return streamed, loading_info
 
 
 def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict[str, Any]]:
@@ -210,7 +242,7 @@ def _open_source(
     num_experts, on_cuda = model.skeleton.num_experts_total, device.type == "cuda"
     numa_node = build_info()["gpus"][device.index]["numa_node"] if on_cuda else None
     pool = RamPool(model.layout, num_experts, -1 if numa_node is None else numa_node)
-    threads = num_threads or min(len(os.sched_getaffinity(0)), 16 if on_cuda else 8)
+    threads = num_threads or max(NUM_FILE_READERS, min(len(os.sched_getaffinity(0)), 16))
     if not on_cuda or pin_memory is False:
         _fill(pool.start_fill(source, threads), progress)
         return pool

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/eviction/policy.h"
 #include "core/expert_layout.h"
 #include "core/planner.h"
 #include "host/checkpoint_source.h"
@@ -167,6 +168,7 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception_translator(&TranslateSystemError);
   m.attr("DTYPE_CODES") =
       py::dict(py::arg("float32") = 0, py::arg("bfloat16") = 1, py::arg("float16") = 2);
+  m.attr("POLICIES") = py::tuple(py::cast(PolicyNames()));
   m.def("build_info", &BuildInfo);
   DefineSources(m);
   DefineCache(m);

@@ -13,8 +13,11 @@ namespace {
 using testing::AllOf;
 using testing::HasSubstr;
 using testing::ThrowsMessage;
+using testing::UnorderedElementsAre;
 
 TEST(PolicyTest, ParsesEveryName) {
+  EXPECT_THAT(PolicyNames(),
+              UnorderedElementsAre("lru", "decayed_frequency", "two_level_lru", "on_demand"));
   EXPECT_EQ(ParsePolicy("lru"), PolicyKind::kLru);
   EXPECT_EQ(ParsePolicy("decayed_frequency"), PolicyKind::kDecayedFrequency);
   EXPECT_EQ(ParsePolicy("two_level_lru"), PolicyKind::kTwoLevelLru);
@@ -26,7 +29,7 @@ TEST(PolicyTest, ParsesEveryName) {
 TEST(PolicyTest, AnUnknownNameIsRefusedWithTheKnownOnes) {
   EXPECT_THAT([] { ParsePolicy("LRU"); },
               ThrowsMessage<std::invalid_argument>(
-                  AllOf(HasSubstr("'LRU'"), HasSubstr("lru, decayed_frequency, two_level_lru"))));
+                  AllOf(HasSubstr("'LRU'"), HasSubstr("decayed_frequency, lru, two_level_lru"))));
   EXPECT_THAT([] { ParseScope("model"); }, ThrowsMessage<std::invalid_argument>(
                                                AllOf(HasSubstr("'model'"), HasSubstr("global"))));
   EXPECT_THROW(ParsePolicy(""), std::invalid_argument);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "core/slot_table.h"
 
@@ -12,6 +13,8 @@ enum class PolicyKind : int32_t { kLru, kDecayedFrequency, kTwoLevelLru, kOnDema
 
 // Which slots a layer may take: any, or its own equal share of them.
 enum class CacheScope : int32_t { kGlobal, kLayer };
+
+std::vector<std::string> PolicyNames();
 
 // Throw std::invalid_argument that lists the names there are.
 PolicyKind ParsePolicy(std::string_view name);

@@ -26,12 +26,15 @@ from .experts import StreamedExperts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
+from .predictor import ExpertPredictor
 from .streamed_model import streamed_model_class
 from .unsupported import chosen_device, refuse_arguments
 
 logger = logging.getLogger(__name__)
 
 _POOLS = ("ram", "file")
+_PREFETCH = ("auto", False)
+_MAX_DISTANCE = 4  # layers that prefetching looks ahead
 _POLL_SECONDS = 0.1
 
 
@@ -47,6 +50,7 @@ def from_pretrained(
     dtype: str | torch.dtype | None = "auto",
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
+    prefetch: str | bool = False,
     progress: bool = True,
     **transformers_kwargs: Any,
 ) -> Any:
@@ -72,6 +76,8 @@ def from_pretrained(
             converted while they are read.
         ram_limit: memory to assume to be available, instead of what system and cgroup say.
         num_threads: threads that fetch experts.
+        prefetch: "auto" to foresee which experts the next layers will need, learning while the
+            model runs, and to fetch them early; False to fetch only what is needed.
         progress: show progress bars.
         **transformers_kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
@@ -96,6 +102,8 @@ def from_pretrained(
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
+    if prefetch not in _PREFETCH:
+        raise ValueError(f'prefetch={prefetch!r} is unknown. Use "auto" or False.')
     model = open_model(path, dtype, arguments)
     on_cuda = chosen.type == "cuda"
     size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
@@ -130,6 +138,8 @@ def from_pretrained(
         module.bind(streamed.expert_cache, layer_index)
     streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
+    if prefetch:
+        streamed.set_predictor(ExpertPredictor.for_model(streamed, max_distance=_MAX_DISTANCE))
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
 
 

@@ -65,6 +65,7 @@ class ExpertPredictor:
             num_token_buckets=num_token_buckets,
         )
         self.num_layers, self.num_experts, self.hidden_size = routers.weights.shape
+        self._router_norms = np.linalg.norm(routers.weights, axis=-1)  # tells models apart
         self.max_distance = max_distance
         self.num_token_buckets = num_token_buckets
         # Layers ahead that are prefetched; whoever controls the horizon sets it between layers.
@@ -143,7 +144,7 @@ class ExpertPredictor:
         path = Path(path)
         part = path.with_name(path.name + ".part")
         try:
-            save_file(self._core.state, part, metadata=self._metadata())
+            save_file(self._saved(), part, metadata=self._metadata())
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -169,6 +170,9 @@ class ExpertPredictor:
         self._check(path, metadata, arrays)
         for name, array in self._core.state.items():
             array[...] = arrays[name]
+
+    def _saved(self) -> dict[str, NDArray[np.float32]]:
+        return self._core.state | {"router_norms": self._router_norms}
 
     def _metadata(self) -> dict[str, str]:
         sizes = {
@@ -197,7 +201,7 @@ class ExpertPredictor:
                     f"{path} was saved for {name} {metadata.get(name)}, and this model has {size}: "
                     "it was learned on another model"
                 )
-        for name, expected in self._core.state.items():
+        for name, expected in self._saved().items():
             found = arrays.get(name)
             if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
                 shape = None if found is None else (*found.shape, str(found.dtype))
@@ -206,6 +210,9 @@ class ExpertPredictor:
                 )
             if not np.isfinite(found).all():
                 raise CheckpointError(f"{path}: {name} has values that are not finite")
+        # Loose, so that the same model may be loaded in another dtype.
+        if not np.allclose(arrays["router_norms"], self._router_norms, rtol=0.02):
+            raise ValueError(f"{path} was learned on another model: its routers differ")
 
     def _begin_pass(self, num_rows: int) -> None:
         token_ids, self._token_ids = self._token_ids, None

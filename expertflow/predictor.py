@@ -34,7 +34,8 @@ class ExpertPredictor:
 
     An instance is a `predictor` for `MoELayer`: call it with a layer's number and its router input,
     layer by layer, and it returns what to prefetch. Each call also teaches it: it compares what it
-    foresaw for this layer with how the layer routes. It belongs to one model, and one thread.
+    foresaw for this layer with how the layer routes. It belongs to one model. Passes of several
+    threads may take turns, but what they teach is then worth less.
 
     Args:
         routers: of the model, see `find_routers`.
@@ -100,23 +101,37 @@ class ExpertPredictor:
         self._token_ids = token_ids
 
     def __call__(self, layer: int, hidden_states: Tensor) -> list[tuple[int, Tensor]]:
-        """Learn from router input [rows, hidden] of `layer`, and foresee what comes behind it.
+        """Observe `layer`, and return what to prefetch for the next `horizon` layers.
 
-        Returns pairs of a distance up to `horizon` and the ids of the experts that the layer so far
-        ahead will probably need, the most probable first.
+        Pairs of a distance and the ids of the experts that the layer so far ahead will probably
+        need, the most probable first.
         """
-        if layer <= self._last_layer:
-            self._begin_pass(hidden_states.shape[0])
+        self.observe(layer, hidden_states)
+        distances = range(1, min(self.horizon, self.num_distances) + 1)
+        return [(distance, _most_needed(self.need(distance))) for distance in distances]
+
+    def observe(self, layer: int, hidden_states: Tensor) -> None:
+        """Foresee from the router input [rows, hidden] of `layer`, and learn from how it routes.
+
+        A layer that does not come after the last one, or has other rows, begins a new pass.
+        """
+        num_rows = hidden_states.shape[0]
+        if layer <= self._last_layer or num_rows != self._shape[0] * self._shape[1]:
+            self._begin_pass(num_rows)
         self._last_layer = layer
         states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
         self._core.observe(layer, states.float().cpu().numpy())
         self._core.predict(layer)
-        foreseen = [
-            (distance, _most_needed(self._core.need(distance)))
-            for distance in range(1, min(self.horizon, self._core.num_distances) + 1)
-        ]
         self._core.learn(layer)
-        return foreseen
+
+    @property
+    def num_distances(self) -> int:
+        """How many layers ahead the last `observe` foresaw."""
+        return self._core.num_distances
+
+    def need(self, distance: int) -> NDArray[np.float32]:
+        """[experts]: the probability that the layer so far ahead needs each of them."""
+        return self._core.need(distance)
 
     def replay(
         self, hidden: NDArray[Any], token_ids: NDArray[Any], num_ranked: int
@@ -216,8 +231,10 @@ class ExpertPredictor:
 
     def _begin_pass(self, num_rows: int) -> None:
         token_ids, self._token_ids = self._token_ids, None
-        if token_ids is not None and (token_ids.dim() != 2 or token_ids.numel() != num_rows):
-            token_ids = None  # not of this pass
+        if token_ids is not None and (
+            token_ids.dim() != 2 or token_ids.numel() != num_rows or bool((token_ids < 0).any())
+        ):
+            token_ids = None  # not of this pass, or not all of them tokens
         self._shape = (1, num_rows)
         if token_ids is not None:
             self._shape = (token_ids.shape[0], token_ids.shape[1])

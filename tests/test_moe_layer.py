@@ -162,7 +162,7 @@ def test_online_predictor_learns_what_to_fetch(experts):
                 need = foreseen[layer.layer - 1]
                 assert routed == set(need.argsort()[-TOP_K:].tolist())
             if layer.layer < NUM_LAYERS - 1:
-                foreseen[layer.layer] = predictor._core.need(1)
+                foreseen[layer.layer] = predictor.need(1)
     assert cache.statistics()["prefetch_bytes"] > 0
 
 

@@ -216,6 +216,16 @@ def test_hook_takes_the_last_rows_of_each_sequence():
     assert seen == [46, 47, 48, 49, 96, 97, 98, 99]
 
 
+def test_passes_that_take_turns_do_no_harm():
+    """As when two threads run one model: rows change between layers, and tokens are of another."""
+    predictor = ExpertPredictor(plain_routers())
+    for layer, rows in [(0, 1), (1, 1), (2, 5), (3, 1), (0, 2), (1, 3), (1, 3), (3, 1)]:
+        predictor.note_tokens(torch.tensor([[-1]]) if layer == 3 else torch.tensor([[1, 2, 3]]))
+        predictor(layer, torch.randn(rows, 24))
+        assert predictor.num_distances == 3 - layer
+    assert predictor._core.state["token_counts"].sum(0)[1:4].tolist() == [2, 2, 2]
+
+
 def test_wrong_calls_are_refused():
     predictor = ExpertPredictor(plain_routers())
     core = predictor._core

@@ -149,7 +149,8 @@ def plot(tables, budgets, found, path):
             times = (np.arange(len(means)) + 0.5) * WINDOW_TOKENS
             right.plot(times, means, style, color=color, label=f"{name}, distance {distance}")
     right.set(xlabel="tokens since the start", ylabel="recall at k, in windows of 500 tokens")
-    right.legend(fontsize="small")
+    right.set_ylim(right.get_ylim()[0] - 0.12, None)
+    right.legend(fontsize="small", ncols=3, loc="lower center")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     print(f"plot: {path}")

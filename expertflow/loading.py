@@ -8,6 +8,7 @@ last, straight from the checkpoint's files into the pool.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import traceback
@@ -26,7 +27,7 @@ from .experts import StreamedExperts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
-from .predictor import ExpertPredictor
+from .predictor import ExpertPredictor, predictor_bytes
 from .streamed_model import streamed_model_class
 from .unsupported import chosen_device, refuse_arguments
 
@@ -107,7 +108,8 @@ def from_pretrained(
     model = open_model(path, dtype, arguments)
     on_cuda = chosen.type == "cuda"
     size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
-    check_cache_fits(size, available_memory(ram_limit), pool_is_fixed=False)
+    in_ram = _with_predictor(size, model.config) if prefetch else size
+    check_cache_fits(in_ram, available_memory(ram_limit), pool_is_fixed=False)
     if on_cuda:
         torch.cuda.empty_cache()
         check_cuda_cache_fits(size, torch.cuda.mem_get_info(chosen)[0], chosen)
@@ -141,6 +143,16 @@ def from_pretrained(
     if prefetch:
         streamed.set_predictor(ExpertPredictor.for_model(streamed, max_distance=_MAX_DISTANCE))
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
+
+
+def _with_predictor(size: CacheSize, config: Any) -> CacheSize:
+    """Count a predictor, which is in RAM on every device, among the rest of the model."""
+    model, text = size.model, config.get_text_config()
+    num_bytes = predictor_bytes(
+        model.num_layers, model.num_experts, text.hidden_size, _MAX_DISTANCE, text.vocab_size
+    )
+    counted = dataclasses.replace(model, other_bytes=model.other_bytes + num_bytes)
+    return dataclasses.replace(size, model=counted)
 
 
 def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict[str, Any]]:

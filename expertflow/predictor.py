@@ -246,6 +246,17 @@ class ExpertPredictor:
         self._core.begin_pass(num_sequences, self._rows_kept, kept)
 
 
+def predictor_bytes(
+    num_layers: int, num_experts: int, hidden_size: int, max_distance: int, vocabulary: int
+) -> int:
+    """Memory of what `ExpertPredictor.for_model` makes."""
+    num_pairs = sum(min(max_distance, num_layers - 1 - layer) for layer in range(num_layers))
+    num_features = 2 * hidden_size + num_experts + 16
+    num_buckets = min(_MAX_TOKEN_BUCKETS, vocabulary)
+    floats_per_expert = num_pairs * num_features + num_layers * (hidden_size + num_buckets)
+    return 4 * num_experts * floats_per_expert
+
+
 def _most_needed(need: NDArray[np.float32]) -> Tensor:
     order = np.argsort(-need, kind="stable")
     return torch.from_numpy(order[: int((need >= _MIN_NEED).sum())])

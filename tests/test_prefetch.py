@@ -3,10 +3,10 @@
 import pytest
 import torch
 from streamed import EVERYTHING_CACHED, CacheOptions, generate, logits, same_bits, token_ids, use
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, VOCAB_SIZE
 
 import expertflow
-from expertflow.predictor import ExpertPredictor
+from expertflow.predictor import ExpertPredictor, predictor_bytes
 
 PROMPTS = token_ids(23, 9, 1)
 
@@ -111,3 +111,17 @@ def test_set_expert_cache_keeps_the_predictor(predicting):
     generate(model, PROMPTS, 5)
     assert model.predictor is predictor
     assert model.expert_cache.statistics()["prefetch_bytes"] > 0
+
+
+def test_memory_of_the_predictor_is_counted(tiny_checkpoint):
+    path = tiny_checkpoint("qwen3_moe")
+    options = {"pool": "file", "progress": False}
+    model = expertflow.from_pretrained(path, prefetch="auto", **options)
+    held = sum(array.nbytes for array in model.predictor._core.state.values())
+    counted = predictor_bytes(3, 8, 32, 4, VOCAB_SIZE)
+    assert 0 < counted - held < 0.3 * counted
+    limit = model.sizes.expert_bytes_total // 4 + model.sizes.other_bytes
+    expertflow.from_pretrained(path, ram_limit=limit, **options)
+    expertflow.from_pretrained(path, prefetch="auto", ram_limit=limit + counted, **options)
+    with pytest.raises(MemoryError):
+        expertflow.from_pretrained(path, prefetch="auto", ram_limit=limit + counted - 1, **options)

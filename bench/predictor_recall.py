@@ -35,9 +35,9 @@ def main():
     budgets = sorted({min(m, num_experts) for m in (top_k, top_k + 2, 2 * top_k, 4 * top_k)})
     found, seconds = measure(model, torch.cat(parts), budgets)
     num_tokens = len(found["ours"])
-    print(f"{num_tokens} tokens, {model.expert_cache.num_layers} layers, top-{top_k} of")
-    print(f"{num_experts} experts, {model.dtype}; recall over the second half, all layers")
-    tables = {name: np.nanmean(hits[num_tokens // 2 :], axis=0) for name, hits in found.items()}
+    shape = f"{model.expert_cache.num_layers} layers, top-{top_k} of {num_experts} experts"
+    print(f"{num_tokens} tokens, {shape}, {model.dtype}; recall over the second half, all layers")
+    tables = {name: np.mean(hits[num_tokens // 2 :], axis=0) for name, hits in found.items()}
     print_tables(tables, budgets)
     print(f"predict and learn: {seconds / num_tokens * 1e6:.0f} us of CPU time a token")
     print_windows(found, 0, "from a fresh start")
@@ -93,8 +93,9 @@ def rank_untaught(predictor, hidden, num_ranked):
 def recall(ids, routed, budgets):
     """The share of each token's routed experts among the first m foreseen, a mean over layers."""
     tokens, layers, distances, _ = ids.shape
-    result = np.full((tokens, distances, len(budgets)), np.nan)
-    for distance in range(1, min(distances, layers - 1) + 1):
+    distances = min(distances, layers - 1)
+    result = np.empty((tokens, distances, len(budgets)))
+    for distance in range(1, distances + 1):
         foreseen = ids[:, : layers - distance, distance - 1]
         hit = (foreseen[..., None] == routed[:, distance:, None]).any(-1)  # by rank
         by_budget = hit.mean(1).cumsum(-1) / routed.shape[-1]
@@ -104,7 +105,8 @@ def recall(ids, routed, budgets):
 
 def print_tables(tables, budgets):
     for index, budget in enumerate(budgets):
-        print(f"\nrecall at {budget:<3}distance" + "".join(f"{d:8}" for d in range(1, 9)))
+        distances = range(1, tables["ours"].shape[0] + 1)
+        print(f"\nrecall at {budget:<3}distance" + "".join(f"{d:8}" for d in distances))
         for name, table in tables.items():
             print(f"{name:>21}" + "".join(f"{value:8.4f}" for value in table[:, index]))
     print()
@@ -114,7 +116,8 @@ def print_windows(found, begin, title):
     """Recall at k of ours minus the pre-gate's, in windows after `begin`."""
     gain = found["ours"][begin:, :, 0] - found["pre-gate"][begin:, :, 0]
     print(f"\nrecall at k above the pre-gate's, {title}")
-    print("tokens    distance" + "".join(f"{d:8}" for d in range(1, 9)))
+    distances = range(1, gain.shape[1] + 1)
+    print("tokens    distance" + "".join(f"{d:8}" for d in distances))
     for start in range(0, min(len(gain), 8 * WINDOW_TOKENS), WINDOW_TOKENS):
         mean = gain[start : start + WINDOW_TOKENS].mean(0)
         span = f"{start}-{start + WINDOW_TOKENS}"
@@ -122,7 +125,7 @@ def print_windows(found, begin, title):
     whole = gain[: len(gain) // WINDOW_TOKENS * WINDOW_TOKENS]
     by_window = whole.reshape(-1, WINDOW_TOKENS, gain.shape[1]).mean(1)
     if len(by_window):
-        worst = np.nanmin(by_window, axis=0)
+        worst = np.min(by_window, axis=0)
         print("worst to the end  " + "".join(f"{value:+8.3f}" for value in worst))
 
 
@@ -141,7 +144,7 @@ def plot(tables, budgets, found, path):
     left.plot([], [], "x:", color="gray", label="pre-gate")
     left.set(xlabel="distance in MoE layers", ylabel="recall, second half", ylim=(None, 1.0))
     left.legend(fontsize="small")
-    for color, distance in zip(("C0", "C2", "C4"), (1, 4, 8), strict=True):
+    for color, distance in zip(("C0", "C2", "C4"), (1, 4, distances[-1]), strict=True):
         for name, style in (("ours", "-"), ("pre-gate", ":")):
             hits = found[name][:, distance - 1, 0]
             means = hits[: len(hits) // WINDOW_TOKENS * WINDOW_TOKENS]
@@ -149,8 +152,8 @@ def plot(tables, budgets, found, path):
             times = (np.arange(len(means)) + 0.5) * WINDOW_TOKENS
             right.plot(times, means, style, color=color, label=f"{name}, distance {distance}")
     right.set(xlabel="tokens since the start", ylabel="recall at k, in windows of 500 tokens")
-    right.set_ylim(right.get_ylim()[0] - 0.12, None)
-    right.legend(fontsize="small", ncols=3, loc="lower center")
+    right.set_ylim(right.get_ylim()[0] - 0.15, None)
+    right.legend(fontsize="x-small", ncols=2, loc="lower center")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     print(f"plot: {path}")

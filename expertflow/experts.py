@@ -7,7 +7,7 @@ grouped_mm and batched_mm round them, so that in bf16 the logits are as good as 
 same bits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -19,6 +19,10 @@ from .cache import ExpertCache, ExpertMlp, ExpertWeights
 from .errors import UnsupportedModelError
 from .grouped import GroupedMlp, can_group, compute_grouped
 from .unsupported import refuse_conversion
+
+# Given a layer's number and its router input [tokens, hidden]: pairs of (distance in MoE layers,
+# ids of the experts that the layer so far ahead will probably need, the most probable first).
+Predictor = Callable[[int, Tensor], Iterable[tuple[int, Tensor]]]
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
 
@@ -43,7 +47,8 @@ def compute_experts(
         expert_weights: [tokens, k], any floating dtype.
         expert_mlp: one expert.
         grouped_mlp: several experts, if `can_group(cache)`; used for many tokens.
-        on_planned: called once the missing experts are on their way; the place to prefetch.
+        on_planned: called once, when the first missing experts are on their way; the place to
+            prefetch.
 
     Raises:
         TransferError: an expert could not be read.
@@ -68,6 +73,7 @@ def compute_experts(
                 expert_mlp,
                 grouped_mlp,
             )
+            on_planned = None
             outputs.append(output)
     if not outputs:
         return hidden_states.new_zeros(hidden_states.shape)
@@ -139,6 +145,18 @@ def _gpt_oss_gate(gate_up: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
+def prefetch_foreseen(
+    predictor: Predictor | None, cache: ExpertCache, layer: int, hidden_states: Tensor
+) -> None:
+    """Fetch what `predictor` expects of later layers, behind what `layer` waits for."""
+    if predictor is None:
+        return
+    for distance, expert_ids in predictor(layer, hidden_states):
+        target = layer + distance
+        if target < cache.num_layers:
+            cache.prefetch(target, expert_ids, distance)
+
+
 class StreamedExperts(nn.Module):
     """Stands in for a model's experts module: same call, no parameters.
 
@@ -161,6 +179,7 @@ class StreamedExperts(nn.Module):
         self.cache: ExpertCache | None = None
         self.layer_index = -1
         self._can_group = False
+        self.predictor: Predictor | None = None
 
     def bind(self, cache: ExpertCache, layer_index: int) -> None:
         """Take the experts from MoE layer `layer_index` of `cache`."""
@@ -233,14 +252,18 @@ class StreamedExperts(nn.Module):
     def compute(self, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H], with the experts of the cache."""
         assert self.cache is not None
+        cache = self.cache
         return compute_experts(
-            self.cache,
+            cache,
             self.layer_index,
             hidden_states,
             expert_ids,
             expert_weights,
             self.expert_mlp,
             self.grouped_mlp if self._can_group else None,
+            on_planned=lambda: prefetch_foreseen(
+                self.predictor, cache, self.layer_index, hidden_states
+            ),
         )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ last, straight from the checkpoint's files into the pool.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import traceback
@@ -26,12 +27,15 @@ from .experts import StreamedExperts, refuse_loading_experts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
+from .predictor import ExpertPredictor, predictor_bytes
 from .streamed_model import streamed_model_class
 from .unsupported import chosen_device, refuse_arguments
 
 logger = logging.getLogger(__name__)
 
 _POOLS = ("ram", "file")
+_PREFETCH = ("auto", False)
+_MAX_DISTANCE = 4  # layers that prefetching looks ahead
 _POLL_SECONDS = 0.1
 
 
@@ -47,6 +51,7 @@ def from_pretrained(
     dtype: str | torch.dtype | None = "auto",
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
+    prefetch: str | bool = False,
     progress: bool = True,
     **transformers_kwargs: Any,
 ) -> Any:
@@ -72,6 +77,8 @@ def from_pretrained(
             converted while they are read.
         ram_limit: memory to assume to be available, instead of what system and cgroup say.
         num_threads: threads that fetch experts.
+        prefetch: "auto" to foresee which experts the next layers will need, learning while the
+            model runs, and to fetch them early; False to fetch only what is needed.
         progress: show progress bars.
         **transformers_kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
@@ -96,6 +103,8 @@ def from_pretrained(
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
+    if prefetch not in _PREFETCH:
+        raise ValueError(f'prefetch={prefetch!r} is unknown. Use "auto" or False.')
     streamed, loading_info = load_opened_model(
         open_model(path, dtype, arguments),
         expert_cache=expert_cache,
@@ -106,6 +115,7 @@ def from_pretrained(
         pin_memory=pin_memory,
         ram_limit=ram_limit,
         num_threads=num_threads,
+        prefetch=bool(prefetch),
         progress=progress,
     )
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
@@ -123,6 +133,7 @@ def load_opened_model(
     progress: bool,
     pin_memory: bool | None = None,
     num_threads: int | None = None,
+    prefetch: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """The second half of `from_pretrained`: check sizes, then read.
 
@@ -130,7 +141,8 @@ def load_opened_model(
     """
     on_cuda = device.type == "cuda"
     size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
-    check_cache_fits(size, available_memory(ram_limit), pool_is_fixed=False)
+    in_ram = _with_predictor(size, model.config) if prefetch else size
+    check_cache_fits(in_ram, available_memory(ram_limit), pool_is_fixed=False)
     if on_cuda:
         torch.cuda.empty_cache()
         check_cuda_cache_fits(size, torch.cuda.mem_get_info(device)[0], device)
@@ -162,7 +174,19 @@ def load_opened_model(
     refuse_loading_experts(streamed)
     streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
+    if prefetch:
+        streamed.set_predictor(ExpertPredictor.for_model(streamed, max_distance=_MAX_DISTANCE))
     return streamed, loading_info
+
+
+def _with_predictor(size: CacheSize, config: Any) -> CacheSize:
+    """Count a predictor, which is in RAM on every device, among the rest of the model."""
+    model, text = size.model, config.get_text_config()
+    num_bytes = predictor_bytes(
+        model.num_layers, model.num_experts, text.hidden_size, _MAX_DISTANCE, text.vocab_size
+    )
+    counted = dataclasses.replace(model, other_bytes=model.other_bytes + num_bytes)
+    return dataclasses.replace(size, model=counted)
 
 
 def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict[str, Any]]:

@@ -22,6 +22,7 @@
 #include "host/ram_pool.h"
 #include "python/build_info.h"
 #include "python/cuda_module.h"
+#include "python/predictor_binding.h"
 #include "python/registered_cache.h"
 
 namespace py = pybind11;
@@ -173,6 +174,7 @@ PYBIND11_MODULE(_core, m) {
   DefineSources(m);
   DefineCache(m);
   DefineCuda(m);
+  DefinePredictor(m);
 }
 
 }  // namespace expertflow

@@ -37,6 +37,11 @@ Planner::Planner(SlotTable& table, const PlannerConfig& config)
       log2_table_(DecayedFrequency::MakeLog2Table()),
       statistics_(static_cast<size_t>(table_.num_layers)),
       planning_(MakePlanningView(config, table_, log2_table_.data(), statistics_.data())) {
+  if (config.policy == PolicyKind::kPredictedNeed) {
+    need_model_ = std::make_unique<NeedModel>(table_.num_layers, table_.num_experts, config.top_k,
+                                              table_.num_slots);
+    planning_.eviction.expert_score = need_model_->expert_score();
+  }
   const auto num_experts = static_cast<size_t>(table_.num_experts);
   rows_.resize(num_experts);
   distinct_.reserve(num_experts);
@@ -73,11 +78,15 @@ const Plan* Planner::PlanLayer(int32_t layer, std::span<const int64_t> expert_id
   for (const PlanRow& row : plan_.rows.first(static_cast<size_t>(num_resident))) {
     table_.slot_needed[Index(row.slot)] = now;
   }
+  if (need_model_ && !plan_.streaming) ObserveNeeds(layer);
   int32_t num_taken = 0;
   if (num_rows > num_resident) {
     num_taken = SelectVictims(layer, num_rows - num_resident, now, /*spare_predicted=*/false);
     if (plan_.streaming) num_taken = LimitToStaging(layer);
-    if (num_taken == 0 && num_resident == 0) return nullptr;
+    if (num_taken == 0 && num_resident == 0) {
+      if (!plan_.streaming) observed_layer_ = layer;
+      return nullptr;
+    }
     AppendRows(layer, RowState::kMiss);
   }
   for (const PlanRow& row : plan_.rows.first(static_cast<size_t>(num_resident)))
@@ -157,6 +166,11 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predi
     candidates_.resize(kept);
   }
   return static_cast<int32_t>(candidates_.size());
+}
+
+void Planner::ObserveNeeds(int32_t layer) {
+  if (layer != observed_layer_) need_model_->Observe(layer, distinct_);
+  observed_layer_ = -1;
 }
 
 void Planner::RecordUse(SlotId slot) {

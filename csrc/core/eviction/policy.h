@@ -8,7 +8,13 @@
 
 namespace expertflow {
 
-enum class PolicyKind : int32_t { kLru, kDecayedFrequency, kTwoLevelLru, kOnDemand };
+enum class PolicyKind : int32_t {
+  kLru,
+  kDecayedFrequency,
+  kTwoLevelLru,
+  kOnDemand,
+  kPredictedNeed
+};
 
 // Which slots a layer may take: any, or its own equal share of them.
 enum class CacheScope : int32_t { kGlobal, kLayer };
@@ -23,6 +29,7 @@ struct EvictionParams {
   Tick ticks_per_token;             // layers
   int64_t decay_per_tick_q24;       // -log2 of the decay of use frequencies, 24 fraction bits
   const int32_t* log2_1p_exp2_q24;  // see eviction/decayed_frequency.h
+  const int32_t* expert_score;      // [num_layers * num_experts] see eviction/need_model.h
 };
 
 // Added to the rank of a slot that goes only after all that are not protected.

@@ -1,19 +1,21 @@
 #include "core/eviction/need_model.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 namespace expertflow {
 namespace {
 
 constexpr int32_t kOneQ15 = (1 << 15) - 1;
-constexpr int32_t kRate = 66;            // 0.008 with 13 fraction bits
+constexpr int32_t kRate = 8;             // 1/128
 constexpr int32_t kFrequencyShift = 3;   // averages over 8 tokens
 constexpr int32_t kFrequencyWeight = 2;  // in the logit
 constexpr int32_t kCarry = 5;            // of a score into the next: 5/16
 constexpr int32_t kCarryShift = 4;
 constexpr int32_t kVectorWidth = 16;
-constexpr int16_t kWeightLimit = 32767 - kRate;  // so that one more step fits
+constexpr size_t kGroup = 16;           // rows that are summed in 16 bits
+constexpr int16_t kWeightLimit = 2047;  // +-2, so that a group's sum fits
 
 int32_t WindowOf(int32_t num_layers, int32_t num_experts, int32_t top_k, int32_t num_slots) {
   const int64_t slots_per_layer = std::min(num_slots / num_layers, num_experts);
@@ -27,15 +29,15 @@ int32_t RoundUp(int32_t value, int32_t multiple) {
 
 size_t Product(int32_t a, int32_t b) { return static_cast<size_t>(a) * static_cast<size_t>(b); }
 
-// The arrays never overlap.
-void AddRow(int32_t* __restrict sum, const int16_t* __restrict row, int32_t width) {
-  for (int32_t e = 0; e < width; ++e) sum[e] += row[e];
+// The arrays never overlap; these loops are most of the model's time.
+void AddRow(int16_t* __restrict sums, const int16_t* __restrict row, int32_t width) {
+  for (int32_t e = 0; e < width; ++e) sums[e] = static_cast<int16_t>(sums[e] + row[e]);
 }
 
 void StepRow(int16_t* __restrict row, const int16_t* __restrict gradient, int32_t width) {
   for (int32_t e = 0; e < width; ++e) {
-    const int16_t weight = std::clamp<int16_t>(row[e], -kWeightLimit, kWeightLimit);
-    row[e] = static_cast<int16_t>(weight + gradient[e]);
+    const auto weight = static_cast<int16_t>(row[e] + gradient[e]);
+    row[e] = std::max<int16_t>(std::min<int16_t>(weight, kWeightLimit), -kWeightLimit);
   }
 }
 
@@ -47,7 +49,7 @@ NeedModel::NeedModel(int32_t num_layers, int32_t num_experts, int32_t top_k, int
       width_(RoundUp(num_experts, kVectorWidth)),
       top_k_(top_k),
       window_(WindowOf(num_layers, num_experts, top_k, num_slots)),
-      ring_(window_ + 2) {
+      ring_(static_cast<int32_t>(std::bit_ceil(static_cast<uint32_t>(window_) + 2))) {
   const size_t width = static_cast<size_t>(width_);
   const size_t num_rings = Product(num_layers, ring_);
   weights_.resize(Product(num_layers, num_experts) * kNumSources * width);
@@ -60,6 +62,8 @@ NeedModel::NeedModel(int32_t num_layers, int32_t num_experts, int32_t top_k, int
   logits_.resize(width);
   labels_.resize(width);
   gradient_.resize(width);
+  sums_.resize(width);
+  input_rows_.resize(Product(kNumSources, num_experts));
   for (int32_t i = 0; i < 2 * kSigmoidHalf; ++i) {
     const double logit = std::ldexp(i - kSigmoidHalf + 0.5, kLogitStepBits - kFractionBits);
     sigmoid_[static_cast<size_t>(i)] =
@@ -73,7 +77,7 @@ int32_t NeedModel::SourceLayer(int32_t layer, int32_t source) const {
 }
 
 size_t NeedModel::StepIndex(int32_t layer, int64_t number) const {
-  return Product(layer, ring_) + static_cast<size_t>(number % ring_);
+  return Product(layer, ring_) + static_cast<size_t>(number & (ring_ - 1));
 }
 
 std::span<const int32_t> NeedModel::Routed(int32_t layer, int64_t number) const {
@@ -92,14 +96,13 @@ int16_t* NeedModel::WeightRow(int32_t layer, int32_t source, int32_t routed) {
 
 void NeedModel::Observe(int32_t layer, std::span<const int32_t> experts) {
   const int64_t number = num_steps_[static_cast<size_t>(layer)]++;
-  Record(layer, experts);
+  Record(layer, number, experts);
   UpdateFrequency(layer, experts);
   if (number >= window_) Learn(layer, number);
   Score(layer, number);
 }
 
-void NeedModel::Record(int32_t layer, std::span<const int32_t> experts) {
-  const int64_t number = num_steps_[static_cast<size_t>(layer)] - 1;
+void NeedModel::Record(int32_t layer, int64_t number, std::span<const int32_t> experts) {
   const size_t index = StepIndex(layer, number);
   Step& step = steps_[index];
   step.number = number;
@@ -122,60 +125,60 @@ void NeedModel::UpdateFrequency(int32_t layer, std::span<const int32_t> experts)
   }
 }
 
-int32_t NeedModel::NumInputs(int32_t layer, const Step& step) const {
+std::span<int16_t* const> NeedModel::InputRows(int32_t layer, int64_t number) {
+  const Step& step = steps_[StepIndex(layer, number)];
   size_t count = 0;
   for (int32_t s = 0; s < kNumSources; ++s) {
-    count += Routed(SourceLayer(layer, s), step.source_steps[static_cast<size_t>(s)]).size();
+    const int64_t source_step = step.source_steps[static_cast<size_t>(s)];
+    for (const int32_t e : Routed(SourceLayer(layer, s), source_step)) {
+      input_rows_[count++] = WeightRow(layer, s, e);
+    }
   }
-  return static_cast<int32_t>(count);
+  return std::span(input_rows_).first(count);
 }
+
+int32_t NeedModel::NominalInputs() const { return kNumSources * top_k_; }
 
 void NeedModel::Learn(int32_t layer, int64_t number) {
   const int64_t past = number - window_;
   std::ranges::fill(labels_, 0);
   for (int64_t later = number; later > past; --later) {
     const auto left = static_cast<int32_t>(window_ - (later - past - 1));
+    const int32_t label = left * kOneQ15 / window_;
     for (const int32_t e : Routed(layer, later)) {
-      labels_[static_cast<size_t>(e)] = left * kOneQ15 / window_;
+      labels_[static_cast<size_t>(e)] = label;
     }
   }
+  const std::span<int16_t* const> rows = InputRows(layer, past);
   const size_t index = StepIndex(layer, past);
-  const Step& step = steps_[index];
-  // Of a batch, all experts together weigh as much as those of one token.
-  const int32_t rate =
-      kRate * kNumSources * top_k_ / std::max(kNumSources * top_k_, NumInputs(layer, step));
   const int16_t* probability = probabilities_.data() + index * static_cast<size_t>(width_);
   for (size_t e = 0; e < gradient_.size(); ++e) {
     const int32_t error = labels_[e] - probability[e];
-    gradient_[e] = static_cast<int16_t>((error * rate + (1 << 14)) >> 15);
+    gradient_[e] = static_cast<int16_t>((error * kRate + (1 << 14)) >> 15);
   }
-  for (int32_t s = 0; s < kNumSources; ++s) {
-    for (const int32_t e :
-         Routed(SourceLayer(layer, s), step.source_steps[static_cast<size_t>(s)])) {
-      StepRow(WeightRow(layer, s, e), gradient_.data(), width_);
-    }
-  }
+  for (int16_t* row : rows) StepRow(row, gradient_.data(), width_);
 }
 
 void NeedModel::Score(int32_t layer, int64_t number) {
-  const size_t index = StepIndex(layer, number);
-  const Step& step = steps_[index];
+  const std::span<int16_t* const> rows = InputRows(layer, number);
   std::ranges::fill(logits_, 0);
-  for (int32_t s = 0; s < kNumSources; ++s) {
-    for (const int32_t e :
-         Routed(SourceLayer(layer, s), step.source_steps[static_cast<size_t>(s)])) {
-      AddRow(logits_.data(), WeightRow(layer, s, e), width_);
+  for (size_t first = 0; first < rows.size(); first += kGroup) {
+    std::ranges::fill(sums_, int16_t{0});
+    for (const int16_t* row : rows.subspan(first, std::min(kGroup, rows.size() - first))) {
+      AddRow(sums_.data(), row, width_);
     }
+    for (size_t e = 0; e < sums_.size(); ++e) logits_[e] += sums_[e];
   }
-  const int32_t nominal = kNumSources * top_k_;
-  const int32_t num_inputs = NumInputs(layer, step);
-  if (num_inputs > nominal) {
+  // All experts of a batch together weigh as much as those of one token.
+  const auto num_inputs = static_cast<int32_t>(rows.size());
+  if (num_inputs > NominalInputs()) {
     for (int32_t& logit : logits_) {
-      logit = static_cast<int32_t>(int64_t{logit} * nominal / num_inputs);
+      logit = static_cast<int32_t>(int64_t{logit} * NominalInputs() / num_inputs);
     }
   }
   const int16_t* frequency = frequency_.data() + Product(layer, width_);
-  int16_t* probability = probabilities_.data() + index * static_cast<size_t>(width_);
+  int16_t* probability =
+      probabilities_.data() + StepIndex(layer, number) * static_cast<size_t>(width_);
   int32_t* score = expert_score_.data() + Product(layer, num_experts_);
   for (int32_t e = 0; e < num_experts_; ++e) {
     const int32_t logit = logits_[static_cast<size_t>(e)] + kFrequencyWeight * frequency[e];

@@ -28,7 +28,7 @@ class NeedModel {
  public:
   static constexpr int32_t kLayersBack = 3;
   static constexpr int32_t kNumSources = 2 + kLayersBack;
-  static constexpr int32_t kFractionBits = 13;  // of weights, frequencies, logits and scores
+  static constexpr int32_t kFractionBits = 10;  // of weights, frequencies, logits and scores
   static constexpr int32_t kMaxWindow = 32;
 
   // For a cache of `num_slots` for all layers. All sizes must be positive.
@@ -54,18 +54,20 @@ class NeedModel {
     std::array<int64_t, kNumSources> source_steps;  // which steps its logits came from
   };
 
-  static constexpr int32_t kLogitStepBits = 8;  // the sigmoid is tabulated at 1/32
+  static constexpr int32_t kLogitStepBits = 5;  // the sigmoid is tabulated at 1/32
   static constexpr int32_t kSigmoidHalf = 256;  // and up to +-8
 
   int32_t SourceLayer(int32_t layer, int32_t source) const;
   size_t StepIndex(int32_t layer, int64_t number) const;
   std::span<const int32_t> Routed(int32_t layer, int64_t number) const;
   int16_t* WeightRow(int32_t layer, int32_t source, int32_t routed);
-  void Record(int32_t layer, std::span<const int32_t> experts);
+  void Record(int32_t layer, int64_t number, std::span<const int32_t> experts);
   void UpdateFrequency(int32_t layer, std::span<const int32_t> experts);
   void Learn(int32_t layer, int64_t number);
   void Score(int32_t layer, int64_t number);
-  int32_t NumInputs(int32_t layer, const Step& step) const;
+  // The weight rows that make up the logits of a step.
+  std::span<int16_t* const> InputRows(int32_t layer, int64_t number);
+  int32_t NominalInputs() const;
 
   int32_t num_layers_;
   int32_t num_experts_;
@@ -84,6 +86,8 @@ class NeedModel {
   std::vector<int32_t> logits_;         // [width] of the layer being scored
   std::vector<int32_t> labels_;         // [width] 15 fraction bits
   std::vector<int16_t> gradient_;       // [width]
+  std::vector<int16_t> sums_;           // [width] of a few rows
+  std::vector<int16_t*> input_rows_;
   std::array<int16_t, size_t{2 * kSigmoidHalf}> sigmoid_;
 };
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ._core import min_slots
 from .memory import AvailableMemory, check_ram, format_size, parse_size
 
-POLICIES = ("decayed_frequency", "lru", "two_level_lru", "on_demand")
+POLICIES = ("decayed_frequency", "predicted_need", "lru", "two_level_lru", "on_demand")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POLICIES = ("lru", "decayed_frequency", "two_level_lru", "on_demand")
+POLICIES = ("lru", "decayed_frequency", "two_level_lru", "predicted_need", "on_demand")
 SCOPES = ("global", "layer")
 POOLS = ("ram", "file")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -41,7 +41,7 @@ class RandomPlans {
                 .decay_per_token = Draw(0, 1) ? 0.9 : 1.0},
         table_(shape_.num_layers, shape_.num_experts, shape_.num_slots),
         planner_(table_, config_),
-        reference_(shape_.num_layers, shape_.num_slots, config_),
+        reference_(shape_.num_layers, shape_.num_experts, shape_.num_slots, config_),
         counts_(static_cast<size_t>(shape_.num_layers)) {}
 
   void Run(int num_plans) {
@@ -261,7 +261,8 @@ TEST_P(PlannerPropertyTest, DecidesAsTheReferenceDoes) {
 }
 
 std::string NameOf(const testing::TestParamInfo<Parameters>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand"};
+  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand",
+                               "PredictedNeed"};
   const auto [policy, scope] = info.param;
   return std::string(policies[static_cast<size_t>(policy)]) +
          (scope == CacheScope::kGlobal ? "Global" : "PerLayer");
@@ -270,7 +271,8 @@ std::string NameOf(const testing::TestParamInfo<Parameters>& info) {
 INSTANTIATE_TEST_SUITE_P(
     AllPolicies, PlannerPropertyTest,
     testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
-                                     PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand),
+                                     PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand,
+                                     PolicyKind::kPredictedNeed),
                      testing::Values(CacheScope::kGlobal, CacheScope::kLayer)),
     NameOf);
 

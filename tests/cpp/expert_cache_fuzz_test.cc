@@ -186,7 +186,8 @@ TEST_P(ExpertCacheFuzzTest, NeverAWrongByteNeverAHang) {
 }
 
 std::string NameOf(const testing::TestParamInfo<Parameters>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand"};
+  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand",
+                               "PredictedNeed"};
   const auto [policy, scope] = info.param;
   return std::string(policies[static_cast<size_t>(policy)]) +
          (scope == CacheScope::kGlobal ? "Global" : "PerLayer");
@@ -195,7 +196,8 @@ std::string NameOf(const testing::TestParamInfo<Parameters>& info) {
 INSTANTIATE_TEST_SUITE_P(
     AllPolicies, ExpertCacheFuzzTest,
     testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
-                                     PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand),
+                                     PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand,
+                                     PolicyKind::kPredictedNeed),
                      testing::Values(CacheScope::kGlobal, CacheScope::kLayer)),
     NameOf);
 

@@ -25,13 +25,11 @@ def replay(
     expert_ids: np.ndarray, num_experts: int, scope: str
 ) -> dict[int, dict[str, tuple[float, float]]]:
     """Hit rate and CPU microseconds per layer, by slots per layer and policy."""
-    _, num_layers, top_k = expert_ids.shape
     sizes = [int(fraction * num_experts) for fraction in FRACTIONS]
-    with tempfile.NamedTemporaryFile() as routes:
-        expert_ids.astype("<u2").tofile(routes)
-        routes.flush()
-        arguments = [routes.name, num_layers, num_experts, top_k, scope, *sizes]
-        command = [BINARY, *map(str, arguments)]
+    with tempfile.NamedTemporaryFile(suffix=".npy") as ids:
+        np.save(ids, expert_ids)
+        ids.flush()
+        command = [BINARY, ids.name, *map(str, [num_experts, scope, *sizes])]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     results: dict[int, dict[str, tuple[float, float]]] = {size: {} for size in sizes}
     for line in output.splitlines():

@@ -1,10 +1,10 @@
 // Replays recorded routing through the planner and its policies, and through Belady's rule:
 //
-//   eviction_bench ROUTES num_layers num_experts top_k scope slots_per_layer...
+//   eviction_bench IDS.npy num_experts scope slots_per_layer...
 //
-// ROUTES holds expert ids [tokens][layers][top_k] as 16-bit integers (bench/eviction_bench.py makes
-// it of a trace). Nothing is prefetched. Prints one line per policy and size: policy, slots per
-// layer, hit rate over the second half of the tokens, CPU microseconds per planned layer.
+// IDS.npy holds expert ids [tokens, layers, top_k] (bench/eviction_bench.py makes it of a trace).
+// Nothing is prefetched. Prints one line per policy and size: policy, slots per layer, hit rate
+// over the second half of the tokens, CPU microseconds per planned layer.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,8 +12,6 @@
 #include <cstdlib>
 #include <ctime>
 #include <exception>
-#include <fstream>
-#include <iterator>
 #include <limits>
 #include <queue>
 #include <span>
@@ -23,6 +21,7 @@
 #include <vector>
 
 #include "core/planner.h"
+#include "npy_trace.h"
 
 namespace expertflow {
 namespace {
@@ -31,7 +30,7 @@ struct Routes {
   int32_t num_layers;
   int32_t num_experts;
   int32_t top_k;
-  std::vector<int64_t> ids;  // [tokens][layers][top_k]
+  std::vector<int64_t> ids;  // [tokens, layers, top_k]
 
   int64_t num_plans() const { return std::ssize(ids) / top_k; }  // one per token and layer
   std::span<const int64_t> plan(int64_t i) const {
@@ -43,20 +42,6 @@ struct Result {
   double hit_rate;
   double us_per_layer;
 };
-
-Routes ReadRoutes(const std::string& path, int32_t num_layers, int32_t num_experts, int32_t top_k) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw std::runtime_error("cannot read " + path);
-  const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
-  Routes routes{num_layers, num_experts, top_k, {}};
-  for (size_t i = 0; i + 1 < bytes.size(); i += 2) {
-    routes.ids.push_back(static_cast<uint8_t>(bytes[i]) | static_cast<uint8_t>(bytes[i + 1]) << 8);
-  }
-  if (routes.ids.empty() || std::ssize(routes.ids) % (num_layers * top_k) != 0) {
-    throw std::runtime_error(path + " holds no whole tokens");
-  }
-  return routes;
-}
 
 Result Replay(const Routes& routes, PolicyKind policy, CacheScope scope, int32_t slots_per_layer) {
   SlotTable table(routes.num_layers, routes.num_experts, slots_per_layer * routes.num_layers);
@@ -136,14 +121,13 @@ double BeladyHitRate(const Routes& routes, CacheScope scope, int32_t slots_per_l
 }
 
 int Run(std::span<char*> arguments) {
-  if (arguments.size() < 7) {
-    throw std::runtime_error(
-        "usage: eviction_bench ROUTES num_layers num_experts top_k scope slots_per_layer...");
+  if (arguments.size() < 5) {
+    throw std::runtime_error("usage: eviction_bench IDS.npy num_experts scope slots_per_layer...");
   }
-  const Routes routes = ReadRoutes(arguments[1], std::atoi(arguments[2]), std::atoi(arguments[3]),
-                                   std::atoi(arguments[4]));
-  const CacheScope scope = ParseScope(arguments[5]);
-  for (const char* size : arguments.subspan(6)) {
+  Trace trace = ReadTrace(arguments[1]);
+  const Routes routes{trace.num_layers, std::atoi(arguments[2]), trace.top_k, std::move(trace.ids)};
+  const CacheScope scope = ParseScope(arguments[3]);
+  for (const char* size : arguments.subspan(4)) {
     const int32_t slots_per_layer = std::atoi(size);
     for (const char* policy : {"lru", "decayed_frequency", "predicted_need"}) {
       const Result result = Replay(routes, ParsePolicy(policy), scope, slots_per_layer);

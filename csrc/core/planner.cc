@@ -40,7 +40,6 @@ Planner::Planner(SlotTable& table, const PlannerConfig& config)
   if (config.policy == PolicyKind::kPredictedNeed) {
     need_model_ = std::make_unique<NeedModel>(table_.num_layers, table_.num_experts, config.top_k,
                                               table_.num_slots);
-    planning_.eviction.expert_score = need_model_->expert_score();
   }
   const auto num_experts = static_cast<size_t>(table_.num_experts);
   rows_.resize(num_experts);
@@ -169,8 +168,13 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predi
 }
 
 void Planner::ObserveNeeds(int32_t layer) {
-  if (layer != observed_layer_) need_model_->Observe(layer, distinct_);
+  const bool is_new = layer != observed_layer_;
   observed_layer_ = -1;
+  if (!is_new) return;
+  const int32_t* scores = need_model_->Observe(layer, distinct_);
+  for (int32_t e = 0; e < table_.num_experts; ++e) {
+    PredictedNeed::RecordScore(table_, ToIndex(table_, {layer, e}), scores[e]);
+  }
 }
 
 void Planner::RecordUse(SlotId slot) {

@@ -155,7 +155,7 @@ TEST(NeedModelTest, ScoresAsTheReferenceDoes) {
       reference.Observe(layer, experts);
       for (int32_t l = 0; l < num_layers; ++l) {
         for (int32_t e = 0; e < num_experts; ++e) {
-          ASSERT_EQ(model.expert_score()[l * num_experts + e], reference.score(l, e))
+          ASSERT_EQ(model.scores(l)[e], reference.score(l, e))
               << "step " << i << ", layer " << l << ", expert " << e;
         }
       }
@@ -191,7 +191,7 @@ TEST(NeedModelTest, LearnsWhoFollowsWhom) {
   };
   for (int block = 0; block < 500; ++block) observe_block();
   for (const int32_t e : {1, 2, 3, 0}) model.Observe(0, Experts{e});
-  const std::span scores(model.expert_score(), size_t{kNumExperts});
+  const std::span scores(model.scores(0), size_t{kNumExperts});
   EXPECT_EQ(std::ranges::max_element(scores) - scores.begin(), 4);
 }
 
@@ -210,7 +210,7 @@ TEST(NeedModelTest, LearnsFromTheLayersBefore) {
   int num_right = 0;
   for (int token = 0; token < 100; ++token) {
     observe_token();
-    const int32_t* scores = model.expert_score() + 3 * kNumExperts;
+    const int32_t* scores = model.scores(3);
     num_right += std::max_element(scores, scores + kNumExperts) - scores == called;
   }
   EXPECT_GT(num_right, 90);

@@ -32,7 +32,6 @@ class ReferencePlanner {
   ReferencePlanner(int32_t num_layers, int32_t num_experts, int32_t num_slots,
                    const PlannerConfig& config)
       : num_layers_(num_layers),
-        num_experts_(num_experts),
         config_(config),
         need_model_(num_layers, num_experts, config.top_k, num_slots),
         slots_(static_cast<size_t>(num_slots)) {}
@@ -168,10 +167,8 @@ class ReferencePlanner {
     const bool just_used = !s.streamed && s.key > now - num_layers_;
     if (two_level && (s.predicted >= now || just_used)) return {3, s.streamed ? -1 : s.key, id};
     if (s.streamed) return {1, 0, id};
-    if (config_.policy == PolicyKind::kPredictedNeed) {
-      const ExpertIndex expert{s.expert->layer * num_experts_ + s.expert->expert};
-      return {s.predicted >= now ? 3 : 2, need_model_.expert_score()[Index(expert)], id};
-    }
+    const bool by_need = config_.policy == PolicyKind::kPredictedNeed;
+    if (by_need && s.predicted >= now) return {3, s.key, id};
     const bool by_frequency = config_.policy == PolicyKind::kDecayedFrequency;
     if (by_frequency && s.needed > now - num_layers_) return {3, s.key, id};
     return {2, s.key, id};
@@ -201,7 +198,9 @@ class ReferencePlanner {
   }
 
   int64_t KeyOnUse(ExpertId expert, Tick now) const {
-    if (config_.policy == PolicyKind::kPredictedNeed) return 0;
+    if (config_.policy == PolicyKind::kPredictedNeed) {
+      return PredictedNeed::kKeyOfZero + need_model_.scores(expert.layer)[expert.expert];
+    }
     if (config_.policy != PolicyKind::kDecayedFrequency) return now;
     const auto used = key_of_.find({expert.layer, expert.expert});
     return DecayedFrequency::KeyOnUse(params_, used == key_of_.end() ? kNeverUsed : used->second,
@@ -219,6 +218,10 @@ class ReferencePlanner {
       if (std::ranges::find(distinct, expert) == distinct.end()) distinct.push_back(expert);
     }
     need_model_.Observe(layer, distinct);
+    if (config_.policy != PolicyKind::kPredictedNeed) return;
+    for (Slot& s : slots_) {
+      if (s.expert && s.expert->layer == layer && !s.streamed) s.key = KeyOnUse(*s.expert, 0);
+    }
   }
 
   void Use(SlotId id) {
@@ -257,7 +260,6 @@ class ReferencePlanner {
   }
 
   int32_t num_layers_;
-  int32_t num_experts_;
   PlannerConfig config_;
   // The arithmetic of keys and scores is the planner's own; decayed_frequency_test and
   // need_model_test check it.

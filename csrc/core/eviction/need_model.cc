@@ -58,7 +58,7 @@ NeedModel::NeedModel(int32_t num_layers, int32_t num_experts, int32_t top_k, int
   steps_.resize(num_rings);
   routed_.resize(num_rings * static_cast<size_t>(num_experts));
   probabilities_.resize(num_rings * width);
-  expert_score_.resize(Product(num_layers, num_experts));
+  scores_.resize(Product(num_layers, num_experts));
   logits_.resize(width);
   labels_.resize(width);
   gradient_.resize(width);
@@ -94,12 +94,13 @@ int16_t* NeedModel::WeightRow(int32_t layer, int32_t source, int32_t routed) {
   return weights_.data() + row * static_cast<size_t>(width_);
 }
 
-void NeedModel::Observe(int32_t layer, std::span<const int32_t> experts) {
+const int32_t* NeedModel::Observe(int32_t layer, std::span<const int32_t> experts) {
   const int64_t number = num_steps_[static_cast<size_t>(layer)]++;
   Record(layer, number, experts);
   UpdateFrequency(layer, experts);
   if (number >= window_) Learn(layer, number);
   Score(layer, number);
+  return scores(layer);
 }
 
 void NeedModel::Record(int32_t layer, int64_t number, std::span<const int32_t> experts) {
@@ -179,7 +180,7 @@ void NeedModel::Score(int32_t layer, int64_t number) {
   const int16_t* frequency = frequency_.data() + Product(layer, width_);
   int16_t* probability =
       probabilities_.data() + StepIndex(layer, number) * static_cast<size_t>(width_);
-  int32_t* score = expert_score_.data() + Product(layer, num_experts_);
+  int32_t* score = scores_.data() + Product(layer, num_experts_);
   for (int32_t e = 0; e < num_experts_; ++e) {
     const int32_t logit = logits_[static_cast<size_t>(e)] + kFrequencyWeight * frequency[e];
     const int32_t i = std::clamp((logit >> kLogitStepBits) + kSigmoidHalf, 0, 2 * kSigmoidHalf - 1);

@@ -38,11 +38,14 @@ class NeedModel {
   NeedModel& operator=(const NeedModel&) = delete;
 
   // A decode step routed `layer` to `experts`, each once: learns from the step `window` steps ago,
-  // whose needs are known now, and scores the layer's experts anew. Allocates nothing.
-  void Observe(int32_t layer, std::span<const int32_t> experts);
+  // whose needs are known now, and returns the new scores [num_experts] of the layer's experts: the
+  // larger, the sooner it will be needed, and comparable across layers. Allocates nothing.
+  const int32_t* Observe(int32_t layer, std::span<const int32_t> experts);
 
-  // [num_layers * num_experts] the larger, the sooner it will be needed; comparable across layers.
-  const int32_t* expert_score() const { return expert_score_.data(); }
+  // [num_experts] as `Observe` last returned them; at first zeros.
+  const int32_t* scores(int32_t layer) const {
+    return scores_.data() + static_cast<ptrdiff_t>(layer) * num_experts_;
+  }
 
   int32_t window() const { return window_; }
 
@@ -82,7 +85,7 @@ class NeedModel {
   std::vector<Step> steps_;             // [layer][ring]
   std::vector<int32_t> routed_;         // [layer][ring][num_experts]
   std::vector<int16_t> probabilities_;  // [layer][ring][width] 15 fraction bits
-  std::vector<int32_t> expert_score_;   // [layer][num_experts]
+  std::vector<int32_t> scores_;         // [layer][num_experts]
   std::vector<int32_t> logits_;         // [width] of the layer being scored
   std::vector<int32_t> labels_;         // [width] 15 fraction bits
   std::vector<int16_t> gradient_;       // [width]

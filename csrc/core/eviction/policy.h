@@ -26,10 +26,9 @@ CacheScope ParseScope(std::string_view name);
 // What the policies' per-slot functions need beside the table; plain data, passed to kernels by
 // value.
 struct EvictionParams {
-  Tick ticks_per_token;                   // layers
-  int64_t decay_per_tick_q24;             // -log2 of the decay of use frequencies, 24 fraction bits
-  const int32_t* log2_1p_exp2_q24;        // see eviction/decayed_frequency.h
-  const int32_t* expert_score = nullptr;  // [num_layers * num_experts] see eviction/need_model.h
+  Tick ticks_per_token;             // layers
+  int64_t decay_per_tick_q24;       // -log2 of the decay of use frequencies, 24 fraction bits
+  const int32_t* log2_1p_exp2_q24;  // see eviction/decayed_frequency.h
 };
 
 // Added to the rank of a slot that goes only after all that are not protected.

@@ -6,16 +6,31 @@ namespace expertflow {
 
 // The least soon needed goes first, as NeedModel (eviction/need_model.h) foresees it from what was
 // routed; last go those that are predicted inside the current horizon.
+//
+// Keys are scores. They change with every plan of their layer, for all its experts: RecordScore.
 struct PredictedNeed {
-  static constexpr int64_t kRankOfZero = int64_t{1} << 40;  // makes ranks of residents positive
+  static constexpr int64_t kKeyOfZero = int64_t{1} << 40;  // keys of used experts are positive
 
-  EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams&, int64_t, Tick) { return 0; }
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotTableView& table,
-                                    int32_t slot, Tick now) {
+  EXPERTFLOW_HD static void RecordScore(const SlotTableView& table, ExpertIndex expert,
+                                        int32_t score) {
+    const int64_t key = kKeyOfZero + score;
+    table.expert_key[Index(expert)] = key;
+    const SlotId slot = table.expert_slot[Index(expert)];
+    // A key below zero stays: a long prompt left the expert there.
+    if (slot != SlotId::kNone && table.slot_key[Index(slot)] >= 0) {
+      table.slot_key[Index(slot)] = key;
+    }
+  }
+
+  EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams&, int64_t key, Tick) {
+    return key == kNeverUsed ? kKeyOfZero : key;  // prefetched before its layer was ever planned
+  }
+
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotTableView& table, int32_t slot,
+                                    Tick now) {
     const int64_t key = table.slot_key[slot];
-    if (key < 0) return key;
-    const int64_t rank = kRankOfZero + params.expert_score[Index(table.slot_expert[slot])];
-    return table.slot_predicted[slot] >= now ? rank + kProtected : rank;
+    const bool predicted = key >= 0 && table.slot_predicted[slot] >= now;
+    return predicted ? key + kProtected : key;
   }
 };
 

@@ -40,7 +40,8 @@ class ExpertCache:
         num_experts: in each layer.
         top_k: experts a token is routed to.
         num_slots: experts the cache holds.
-        policy: "decayed_frequency", "lru", "two_level_lru", or "on_demand", which keeps nothing.
+        policy: "decayed_frequency", "predicted_need", "lru", "two_level_lru", or "on_demand", which
+            keeps nothing.
         scope: "global", or "layer" for an equal share of the slots for each layer.
         decay: of use frequencies, per token.
         num_threads: that copy experts; default: 8 that read files, or the cores there are, at most

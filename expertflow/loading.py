@@ -65,8 +65,8 @@ def from_pretrained(
             and `subfolder` as in transformers.
         expert_cache: memory for experts: "25%" or 0.25 of all experts, "8GiB", or bytes as int.
             At least the experts that one token needs in one layer.
-        policy: which expert leaves the cache: "decayed_frequency", "lru", "two_level_lru", or
-            "on_demand", which keeps none.
+        policy: which expert leaves the cache: "decayed_frequency", "predicted_need", "lru",
+            "two_level_lru", or "on_demand", which keeps none.
         cache_scope: "global", or "layer" for the same number of slots in every layer.
         pool: where the other experts wait: "ram", or "file" to read them from the checkpoint.
         device: "cpu", or "cuda": the model and the expert cache are on the GPU, the pool is not.

@@ -16,13 +16,15 @@ namespace expertflow {
 using PolicyAndScope = std::tuple<PolicyKind, CacheScope>;
 
 inline auto EveryPolicyAndScope() {
-  return testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
-                                          PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand),
-                          testing::Values(CacheScope::kGlobal, CacheScope::kLayer));
+  return testing::Combine(
+      testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency, PolicyKind::kTwoLevelLru,
+                      PolicyKind::kOnDemand, PolicyKind::kPredictedNeed),
+      testing::Values(CacheScope::kGlobal, CacheScope::kLayer));
 }
 
 inline std::string NameOfPolicyAndScope(const testing::TestParamInfo<PolicyAndScope>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand"};
+  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand",
+                               "PredictedNeed"};
   const auto [policy, scope] = info.param;
   return std::string(policies[static_cast<size_t>(policy)]) +
          (scope == CacheScope::kGlobal ? "Global" : "PerLayer");

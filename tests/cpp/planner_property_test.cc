@@ -41,7 +41,7 @@ class RandomPlans {
                 .decay_per_token = Draw(0, 1) ? 0.9 : 1.0},
         table_(shape_.num_layers, shape_.num_experts, shape_.num_slots),
         planner_(table_, config_),
-        reference_(shape_.num_layers, shape_.num_slots, config_),
+        reference_(shape_.num_layers, shape_.num_experts, shape_.num_slots, config_),
         counts_(static_cast<size_t>(shape_.num_layers)) {}
 
   void Run(int num_plans) {

@@ -12,6 +12,7 @@ struct NamedPolicy {
 
 constexpr NamedPolicy kPolicies[] = {
     {"decayed_frequency", PolicyKind::kDecayedFrequency},
+    {"predicted_need", PolicyKind::kPredictedNeed},
     {"lru", PolicyKind::kLru},
     {"two_level_lru", PolicyKind::kTwoLevelLru},
     {"on_demand", PolicyKind::kOnDemand},

@@ -9,7 +9,13 @@
 
 namespace expertflow {
 
-enum class PolicyKind : int32_t { kLru, kDecayedFrequency, kTwoLevelLru, kOnDemand };
+enum class PolicyKind : int32_t {
+  kLru,
+  kDecayedFrequency,
+  kTwoLevelLru,
+  kOnDemand,
+  kPredictedNeed
+};
 
 // Which slots a layer may take: any, or its own equal share of them.
 enum class CacheScope : int32_t { kGlobal, kLayer };

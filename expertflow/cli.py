@@ -14,6 +14,7 @@ from .generation import Generation, encode, generate
 from .loading import from_pretrained
 from .memory import format_size
 from .model_info import ModelInfo, model_info
+from .simulate_command import add_parser as add_simulate_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--ram-limit", metavar="SIZE", help="memory to assume to be available")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
+
+    add_simulate_parser(commands)
     return parser
 
 

@@ -21,6 +21,7 @@
 #include "host/expert_cache.h"
 #include "host/ram_pool.h"
 #include "python/build_info.h"
+#include "python/simulator_module.h"
 
 namespace py = pybind11;
 
@@ -220,6 +221,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_info", &BuildInfo);
   DefineSources(m);
   DefineCache(m);
+  DefineSimulator(m);
 }
 
 }  // namespace expertflow

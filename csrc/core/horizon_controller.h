@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace expertflow {
+
+// How many layers ahead to prefetch:
+//
+//   lead = (bytes queued + burst * expert bytes) / bandwidth
+//   S    = clamp(ceil(lead / compute time of a layer) + boost, 0, S_max)
+//
+// All of it is measured while running. The burst is the 95th percentile of the experts that a layer
+// has to fetch, at least 1: fetched in time or not, so that a prefetch that works does not shorten
+// the horizon it works at. The boost is feedback: a layer more while compute stalls for more than a
+// small part of its time, a layer less once it hardly stalls. S moves only when the lead is clearly
+// past where S stands, and the boost only between two bounds far apart and seldom: constant input
+// gives a constant S. Pure: times and measurements are arguments.
+class HorizonController {
+ public:
+  // `top_k`: how many experts a layer needs at most. Throws std::invalid_argument.
+  HorizonController(int32_t max_horizon, int32_t top_k, size_t expert_bytes);
+
+  // A layer has run: how long it computed and how long it waited for experts, and how many of those
+  // that the next one needs had to be fetched.
+  void RecordLayer(double compute_us, double stall_us, int32_t num_fetched);
+
+  // Takes in the state of the link and returns the new horizon, 0 while the bandwidth is 0, that
+  // is, not measured yet. Once after each RecordLayer.
+  int32_t Update(double bytes_per_second, double queued_bytes);
+
+  int32_t horizon() const { return horizon_; }
+  double compute_us() const { return compute_us_; }  // of one layer
+  int32_t burst() const;
+
+ private:
+  void UpdateBoost();
+
+  int32_t max_horizon_;
+  double expert_bytes_;
+  int32_t lead_layers_ = 0;
+  int32_t boost_ = 0;
+  int32_t horizon_ = 0;
+  int32_t layers_since_boost_ = 0;
+  double compute_us_ = 0.0;  // exponentially weighted, as the next two
+  double stall_us_ = 0.0;
+  double queued_bytes_ = 0.0;
+  std::vector<double> fetched_;  // [top_k + 1] decayed count of layers that fetched so many
+  double num_layers_ = 0.0;      // sum of fetched_
+};
+
+}  // namespace expertflow

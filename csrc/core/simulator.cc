@@ -1,0 +1,229 @@
+#include "core/simulator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "core/simulation/transition_predictor.h"
+
+namespace expertflow {
+namespace {
+
+PlannerConfig MakePlannerConfig(const TraceView& trace, const SimulatorConfig& config) {
+  return {.top_k = trace.top_k,
+          .expert_bytes = config.expert_bytes,
+          .policy = config.belady ? PolicyKind::kLru : config.policy,
+          .scope = config.scope};
+}
+
+std::unique_ptr<StepPredictor> MakePredictor(PredictorKind kind, const TraceView& trace) {
+  switch (kind) {
+    case PredictorKind::kNone:
+      return nullptr;
+    case PredictorKind::kOracle:
+      return std::make_unique<OraclePredictor>(trace);
+    case PredictorKind::kRecorded:
+      return std::make_unique<RecordedPredictor>(trace);
+    case PredictorKind::kTransition:
+      return std::make_unique<TransitionPredictor>(trace, Simulator::kMaxHorizon);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+PredictorKind ParsePredictor(std::string_view name) {
+  if (name == "none") return PredictorKind::kNone;
+  if (name == "oracle") return PredictorKind::kOracle;
+  if (name == "trace") return PredictorKind::kRecorded;
+  if (name == "transition") return PredictorKind::kTransition;
+  throw std::invalid_argument("predictor '" + std::string(name) +
+                              "' is unknown: use none, oracle, trace or transition");
+}
+
+Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)
+    : trace_(trace),
+      config_(config),
+      table_(trace.num_layers, trace.num_experts, config.num_slots),
+      planner_(table_, MakePlannerConfig(trace, config)),
+      transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes, config.link),
+      scheduler_(
+          {.max_horizon = kMaxHorizon, .top_k = trace.top_k, .expert_bytes = config.expert_bytes}),
+      predictor_(MakePredictor(config.predictor, trace)) {
+  CheckTrace(trace);
+  if (config.layer_time_ns < 0 || !(config.expert_share >= 0.0 && config.expert_share <= 1.0)) {
+    throw std::invalid_argument(
+        "a layer's time must not be negative, and the experts' share of it must be in [0, 1]");
+  }
+  if (config.horizon < SimulatorConfig::kAutoHorizon || config.horizon > kMaxHorizon) {
+    throw std::invalid_argument("horizon must be auto or 0 to " + std::to_string(kMaxHorizon));
+  }
+  if (config.warmup_tokens < 0 || config.warmup_tokens >= trace.num_tokens) {
+    throw std::invalid_argument("a warm-up of " + std::to_string(config.warmup_tokens) +
+                                " tokens leaves nothing of a trace of " +
+                                std::to_string(trace.num_tokens));
+  }
+  if (config.belady) next_uses_.emplace(trace);
+  routed_.resize(static_cast<size_t>(trace.top_k));
+}
+
+SimulationResult Simulator::RunAll() {
+  while (!is_done()) RunToken();
+  return result();
+}
+
+SimulationResult Simulator::result() const {
+  SimulationResult result = counts_;
+  result.num_tokens = std::max<int64_t>(step_ / trace_.num_layers - config_.warmup_tokens, 0);
+  for (const LayerStatistics& layer : planner_.statistics()) result.counts += layer;
+  result.counts.stall_us = static_cast<double>(result.stall_ns) * 1e-3;
+  return result;
+}
+
+void Simulator::RunToken() {
+  if (step_ == config_.warmup_tokens * trace_.num_layers) ResetCounts();
+  for (int32_t layer = 0; layer < trace_.num_layers; ++layer) RunLayer();
+}
+
+void Simulator::ResetCounts() {
+  planner_.ResetStatistics();
+  counts_ = {};
+  observed_ = {};
+}
+
+void Simulator::RunLayer() {
+  const int64_t expert_ns =
+      std::llround(static_cast<double>(config_.layer_time_ns) * config_.expert_share);
+  now_ns_ += config_.layer_time_ns - expert_ns;
+  transfers_.AdvanceTo(now_ns_);
+  std::ranges::copy(trace_.experts(step_), routed_.begin());
+  const int32_t layer = trace_.LayerOf(step_);
+  const int32_t num_prefetch_hits = predictor_ ? CountPrefetched(layer) : 0;
+  counts_.prefetch_hits += num_prefetch_hits;
+  const Plan& plan = PlanLayer(layer);
+  PostMisses(plan);
+  if (predictor_) {
+    predictor_->Learn(step_);
+    Prefetch(plan, num_prefetch_hits);
+  }
+  ComputeExperts(plan);
+  ++step_;
+}
+
+// Of the layer's experts, those that are ready because of a prefetch that nobody used yet.
+int32_t Simulator::CountPrefetched(int32_t layer) {
+  const SlotTableView& table = table_.view();
+  int32_t count = 0;
+  for (auto expert = routed_.begin(); expert != routed_.end(); ++expert) {
+    const ExpertIndex index = ToIndex(table, {layer, static_cast<int32_t>(*expert)});
+    const SlotId slot = table.expert_slot[Index(index)];
+    if (slot == SlotId::kNone || !table.slot_unused[Index(slot)]) continue;
+    if (std::find(routed_.begin(), expert, *expert) != expert) continue;  // routed twice
+    count += table.slot_state[Index(slot)] == SlotState::kReady;
+  }
+  return count;
+}
+
+const Plan& Simulator::PlanLayer(int32_t layer) {
+  const Tick tick = step_ + 1;
+  const Plan* plan = planner_.PlanLayer(layer, routed_, /*num_tokens=*/1, tick);
+  if (plan == nullptr) {  // transfers hold every slot
+    const int64_t free_ns = transfers_.CancelAll(now_ns_);
+    counts_.stall_ns += free_ns - now_ns_;
+    now_ns_ = free_ns;
+    plan = planner_.PlanLayer(layer, routed_, /*num_tokens=*/1, tick);
+  }
+  if (next_uses_) {
+    next_uses_->Pass(step_);
+    for (const PlanRow& row : plan->rows) RankByNextUse(row.slot);
+  }
+  return *plan;
+}
+
+// Belady: the planner's LRU evicts the smallest key, so a key that falls with the next use makes it
+// evict what is needed last.
+void Simulator::RankByNextUse(SlotId slot) {
+  const SlotTableView& table = table_.view();
+  const ExpertIndex expert = table.slot_expert[Index(slot)];
+  if (expert == ExpertIndex::kNone) return;  // a later wave takes it over
+  const int64_t next_step = next_uses_->NextStep(expert);
+  table.slot_key[Index(slot)] = next_step == NextUses::kNoMore ? 0 : trace_.num_steps() - next_step;
+}
+
+void Simulator::PostMisses(const Plan& plan) {
+  for (const PlanRow& row : plan.rows) {
+    if (row.state == RowState::kLoading) transfers_.Promote(row.slot, plan.tick);
+    if (row.state == RowState::kMiss && row.wave == 0) {
+      transfers_.Post(row.slot, TransferClass::kDemand, plan.tick, now_ns_);
+    }
+  }
+}
+
+LayerObservation Simulator::Observe(const Plan& plan, int32_t num_prefetch_hits) {
+  const auto num_rows = static_cast<int32_t>(plan.rows.size());
+  const auto totals = observed_;
+  observed_ = {counts_.stall_ns, counts_.late_stall_ns, 0};
+  for (const LayerStatistics& layer : planner_.statistics()) {
+    observed_.wasted_bytes += layer.wasted_prefetch_bytes;
+  }
+  const auto to_us = [](int64_t ns) { return static_cast<double>(ns) * 1e-3; };
+  return {.compute_us = to_us(config_.layer_time_ns),
+          .stall_us = to_us(observed_.stall_ns - totals.stall_ns),
+          .late_stall_us = to_us(observed_.late_stall_ns - totals.late_stall_ns),
+          .num_fetched = num_rows - plan.num_hits + num_prefetch_hits,
+          .num_prefetch_used = plan.num_loading + num_prefetch_hits,
+          .wasted_bytes = static_cast<double>(observed_.wasted_bytes - totals.wasted_bytes),
+          .bytes_per_second = transfers_.measured_bytes_per_second(),
+          .queued_bytes = static_cast<double>(transfers_.queue().queued_bytes())};
+}
+
+void Simulator::Prefetch(const Plan& plan, int32_t num_prefetch_hits) {
+  horizon_ = config_.horizon == SimulatorConfig::kAutoHorizon
+                 ? scheduler_.BeginLayer(Observe(plan, num_prefetch_hits))
+                 : config_.horizon;
+  counts_.horizon_sum += horizon_;
+  predictions_.clear();
+  predictor_->Predict(step_, horizon_, predictions_);
+  const Tick now = step_ + 1;
+  size_t first_of_layer = 0;
+  for (size_t i = 0; i < predictions_.size(); ++i) {
+    const Prediction& prediction = predictions_[i];
+    if (prediction.distance != predictions_[first_of_layer].distance) first_of_layer = i;
+    if (!Wants(prediction, i - first_of_layer)) continue;
+    const ExpertId expert{trace_.LayerOf(step_ + prediction.distance), prediction.expert};
+    const Tick needed_at = now + prediction.distance;
+    const SlotId slot = planner_.PlanPrefetch(expert, now, needed_at);
+    if (slot == SlotId::kNone) continue;
+    if (next_uses_) RankByNextUse(slot);
+    transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
+  }
+}
+
+// `place` among the predictions for the same layer.
+bool Simulator::Wants(const Prediction& prediction, size_t place) {
+  if (config_.horizon != SimulatorConfig::kAutoHorizon) return place < routed_.size();
+  const auto needed_at = step_ + 1 + prediction.distance;
+  return scheduler_.Admits(prediction,
+                           static_cast<double>(transfers_.queue().prefetch_bytes_until(needed_at)));
+}
+
+void Simulator::ComputeExperts(const Plan& plan) {
+  const int64_t expert_ns =
+      std::llround(static_cast<double>(config_.layer_time_ns) * config_.expert_share);
+  const auto num_rows = static_cast<int64_t>(plan.rows.size());
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const PlanRow row = plan.rows[static_cast<size_t>(r)];
+    const int64_t ready_ns = transfers_.WaitUntilReady(row.slot, now_ns_);
+    counts_.stall_ns += ready_ns - now_ns_;
+    if (row.state == RowState::kLoading) counts_.late_stall_ns += ready_ns - now_ns_;
+    now_ns_ = ready_ns + expert_ns * (r + 1) / num_rows - expert_ns * r / num_rows;
+    const int32_t next = planner_.Advance(static_cast<int32_t>(r));
+    if (next == kNoRow) continue;
+    const SlotId slot = plan.rows[static_cast<size_t>(next)].slot;
+    if (next_uses_) RankByNextUse(slot);
+    transfers_.Post(slot, TransferClass::kDemand, plan.tick, now_ns_);
+  }
+}
+
+}  // namespace expertflow

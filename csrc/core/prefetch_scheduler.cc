@@ -11,6 +11,7 @@ namespace {
 constexpr double kKeep = 1.0 - 1.0 / 1024;
 constexpr double kPriceRate = 1.0 / 512;
 constexpr double kBalanceWithoutEvidence = 8.0;  // transfers
+constexpr double kVictimsLost = 2.0;             // by a wrong prefetch
 constexpr double kPriceAfterPause = 2.0;
 constexpr int64_t kFirstPauseLayers = 1024;
 constexpr int64_t kLongestPauseLayers = 32 * kFirstPauseLayers;
@@ -30,19 +31,29 @@ int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
   if (is_paused()) {
     --layers_paused_;
   } else {
-    UpdatePrice(layer);
+    Record(layer);
+    UpdatePrice();
     PauseIfTooDear();
   }
   return horizon();
 }
 
-void PrefetchScheduler::UpdatePrice(const LayerObservation& layer) {
-  const double saved_us = layer.num_prefetch_used * transfer_us_ - layer.late_stall_us;
-  hidden_us_ = hidden_us_ * kKeep + saved_us;
-  wasted_us_ = wasted_us_ * kKeep + layer.wasted_bytes / expert_bytes_ * transfer_us_;
-  const double allowed_us = kWasteShare * std::max(hidden_us_, 0.0);
-  const double imbalance = (wasted_us_ - allowed_us) /
-                           (wasted_us_ + allowed_us + kBalanceWithoutEvidence * transfer_us_);
+void PrefetchScheduler::Record(const LayerObservation& layer) {
+  const auto add = [](double& sum, double value) { sum = sum * kKeep + value; };
+  add(balance_.gain, layer.num_prefetch_used - layer.late_stall_us / transfer_us_);
+  add(balance_.wasted, layer.wasted_bytes / expert_bytes_);
+  add(balance_.regretted, layer.num_regretted);
+  add(balance_.posted, layer.num_prefetch_posted);
+  add(balance_.busy_us, layer.moved_bytes / expert_bytes_ * transfer_us_);
+  add(balance_.elapsed_us, layer.compute_us + layer.stall_us);
+}
+
+void PrefetchScheduler::UpdatePrice() {
+  const double rho = std::min(balance_.busy_us / std::max(balance_.elapsed_us, 1.0), 1.0);
+  const double q = balance_.regretted / std::max(balance_.posted, 1.0);
+  const double cost = balance_.wasted * (rho + kVictimsLost * q);
+  const double allowed = kCostShare * std::max(balance_.gain, 0.0);
+  const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);
 }
 
@@ -52,7 +63,7 @@ void PrefetchScheduler::PauseIfTooDear() {
   layers_paused_ = next_pause_layers_;
   next_pause_layers_ = std::min(2 * next_pause_layers_, kLongestPauseLayers);
   price_ = kPriceAfterPause;
-  hidden_us_ = wasted_us_ = 0.0;
+  balance_ = {};
 }
 
 bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead) const {

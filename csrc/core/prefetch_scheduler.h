@@ -27,7 +27,10 @@ struct LayerObservation {
   double late_stall_us = 0.0;     // part of it: waits for prefetches in flight
   int32_t num_fetched = 0;        // experts that the layer planned now had to fetch, in time or not
   int32_t num_prefetch_used = 0;  // part of them: a prefetch brought it, or is bringing it
+  int32_t num_prefetch_posted = 0;
+  int32_t num_regretted = 0;      // misses of experts that a prefetch had evicted
   double wasted_bytes = 0.0;      // prefetched and evicted or dropped without a use
+  double moved_bytes = 0.0;       // prefetched and demanded
   double bytes_per_second = 0.0;  // of the link; 0: not measured yet
   double queued_bytes = 0.0;
 };
@@ -45,14 +48,20 @@ struct LayerObservation {
 //       transfer = expert bytes / bandwidth
 //       hidden   = min(transfer, distance * compute time of a layer - bytes ahead / bandwidth)
 //
-// A wrong transfer takes the link from others and a slot from an expert. What that costs is not
-// known beforehand, so the price follows the waste: it settles where the link time of wasted
-// prefetches is kWasteShare of the time that prefetches hid. If it climbs to kMaxPrice, prefetching
-// does not pay: the horizon is 0 for a while, which is twice as long each time. Pure: times are
-// arguments.
+// What a wrong transfer costs is not known beforehand, so the price follows the balance of those
+// that were made, in transfers, over the last tokens:
+//
+//   cost = wasted * (rho + 2 q)   rho: share of the time in which the link is busy
+//                                 q: share of the prefetches whose victim was missed later; twice,
+//                                 as the slot is lost for the victim after that one, too
+//   gain = used - late stall / transfer
+//
+// It settles where the cost is kCostShare of the gain: what the last prefetches cost is about twice
+// the average. If it climbs to kMaxPrice, prefetching does not pay: the horizon is 0 for a while,
+// twice as long each time. Pure: times are arguments.
 class PrefetchScheduler {
  public:
-  static constexpr double kWasteShare = 0.4;
+  static constexpr double kCostShare = 0.5;
   static constexpr double kMinPrice = 1.0 / 32;
   static constexpr double kMaxPrice = 4.0;
 
@@ -69,14 +78,24 @@ class PrefetchScheduler {
 
  private:
   bool is_paused() const { return layers_paused_ > 0; }
-  void UpdatePrice(const LayerObservation& layer);
+  void Record(const LayerObservation& layer);
+  void UpdatePrice();
   void PauseIfTooDear();
+
+  // Sums over layers, the older ones decayed.
+  struct Balance {
+    double gain = 0.0;       // transfers that prefetches hid
+    double wasted = 0.0;     // transfers
+    double regretted = 0.0;  // evictions
+    double posted = 0.0;     // prefetches
+    double busy_us = 0.0;    // of the link
+    double elapsed_us = 0.0;
+  };
 
   double expert_bytes_;
   HorizonController horizon_;
+  Balance balance_;
   double transfer_us_ = 0.0;  // of one expert; 0: the bandwidth is not known yet
-  double hidden_us_ = 0.0;    // decayed: transfer time that prefetches hid
-  double wasted_us_ = 0.0;    // decayed: transfer time that prefetches wasted
   double price_ = 1.0;
   int64_t layers_paused_ = 0;  // that are still to come
   int64_t next_pause_layers_;

@@ -162,20 +162,26 @@ void Simulator::PostMisses(const Plan& plan) {
 
 LayerObservation Simulator::Observe(const Plan& plan, int32_t num_prefetch_hits) {
   const auto num_rows = static_cast<int32_t>(plan.rows.size());
-  const auto totals = observed_;
-  observed_ = {counts_.stall_ns, counts_.late_stall_ns, 0};
-  for (const LayerStatistics& layer : planner_.statistics()) {
-    observed_.wasted_bytes += layer.wasted_prefetch_bytes;
-  }
+  const auto before = observed_;
+  observed_ = {counts_.stall_ns, counts_.late_stall_ns, {}};
+  for (const LayerStatistics& layer : planner_.statistics()) observed_.counts += layer;
+  const LayerStatistics& now = observed_.counts;
+  const int64_t moved_bytes = now.demand_bytes + now.prefetch_bytes - before.counts.demand_bytes -
+                              before.counts.prefetch_bytes;
+  const int64_t wasted_bytes = now.wasted_prefetch_bytes - before.counts.wasted_prefetch_bytes;
   const auto to_us = [](int64_t ns) { return static_cast<double>(ns) * 1e-3; };
-  return {.compute_us = to_us(config_.layer_time_ns),
-          .stall_us = to_us(observed_.stall_ns - totals.stall_ns),
-          .late_stall_us = to_us(observed_.late_stall_ns - totals.late_stall_ns),
-          .num_fetched = num_rows - plan.num_hits + num_prefetch_hits,
-          .num_prefetch_used = plan.num_loading + num_prefetch_hits,
-          .wasted_bytes = static_cast<double>(observed_.wasted_bytes - totals.wasted_bytes),
-          .bytes_per_second = transfers_.measured_bytes_per_second(),
-          .queued_bytes = static_cast<double>(transfers_.queue().queued_bytes())};
+  return {
+      .compute_us = to_us(config_.layer_time_ns),
+      .stall_us = to_us(observed_.stall_ns - before.stall_ns),
+      .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
+      .num_fetched = num_rows - plan.num_hits + num_prefetch_hits,
+      .num_prefetch_used = plan.num_loading + num_prefetch_hits,
+      .num_prefetch_posted = num_posted_,
+      .num_regretted = static_cast<int32_t>(now.regretted_misses - before.counts.regretted_misses),
+      .wasted_bytes = static_cast<double>(wasted_bytes),
+      .moved_bytes = static_cast<double>(moved_bytes),
+      .bytes_per_second = transfers_.measured_bytes_per_second(),
+      .queued_bytes = static_cast<double>(transfers_.queue().queued_bytes())};
 }
 
 void Simulator::Prefetch(const Plan& plan, int32_t num_prefetch_hits) {
@@ -183,6 +189,7 @@ void Simulator::Prefetch(const Plan& plan, int32_t num_prefetch_hits) {
                  ? scheduler_.BeginLayer(Observe(plan, num_prefetch_hits))
                  : config_.horizon;
   counts_.horizon_sum += horizon_;
+  num_posted_ = 0;
   predictions_.clear();
   predictor_->Predict(step_, horizon_, predictions_);
   const Tick now = step_ + 1;
@@ -197,6 +204,7 @@ void Simulator::Prefetch(const Plan& plan, int32_t num_prefetch_hits) {
     if (slot == SlotId::kNone) continue;
     if (next_uses_) RankByNextUse(slot);
     transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
+    ++num_posted_;
   }
 }
 

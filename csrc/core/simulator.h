@@ -104,8 +104,9 @@ class Simulator {
   struct {
     int64_t stall_ns = 0;
     int64_t late_stall_ns = 0;
-    int64_t wasted_bytes = 0;
+    LayerStatistics counts;
   } observed_;
+  int32_t num_posted_ = 0;  // prefetches, by the last layer
 };
 
 }  // namespace expertflow

@@ -15,7 +15,8 @@ struct LayerStatistics {
   int64_t wasted_prefetch_bytes =
       0;  // part of prefetch_bytes whose expert was evicted or dropped before any use
   int64_t evictions = 0;
-  double stall_us = 0.0;  // the compute thread waited this long
+  int64_t regretted_misses = 0;  // part of misses: a prefetch had evicted the expert
+  double stall_us = 0.0;         // the compute thread waited this long
 
   LayerStatistics& operator+=(const LayerStatistics& other) {
     hits += other.hits;
@@ -25,6 +26,7 @@ struct LayerStatistics {
     prefetch_bytes += other.prefetch_bytes;
     wasted_prefetch_bytes += other.wasted_prefetch_bytes;
     evictions += other.evictions;
+    regretted_misses += other.regretted_misses;
     stall_us += other.stall_us;
     return *this;
   }

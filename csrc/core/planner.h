@@ -82,6 +82,10 @@ class Planner {
     int32_t slot;
     friend auto operator<=>(const Candidate&, const Candidate&) = default;
   };
+  struct Eviction {
+    ExpertIndex expert;
+    Tick tick;
+  };
   struct SlotRange {
     int32_t begin;
     int32_t end;
@@ -118,7 +122,8 @@ class Planner {
       seen_by_;  // [num_experts] the `collections_` count when the expert was last seen
   int64_t collections_ = 1;
   std::vector<Candidate> candidates_;        // [num_slots]
-  std::vector<uint8_t> lost_to_prefetch_;    // [num_layers * num_experts] 1: evicted by a prefetch
+  std::vector<Tick> missed_at_;              // [num_layers * num_experts] last miss
+  std::vector<Eviction> prefetch_evicted_;   // [num_slots] by the last prefetch into the slot
   std::vector<LayerStatistics> statistics_;  // [num_layers]
 };
 

@@ -11,8 +11,6 @@ namespace {
 constexpr double kKeep = 1.0 - 1.0 / 1024;
 constexpr double kPriceRate = 1.0 / 512;
 constexpr double kBalanceWithoutEvidence = 8.0;  // transfers
-constexpr double kVictimsLost = 2.0;             // by a wrong prefetch
-constexpr double kPriceAfterPause = 2.0;
 constexpr int64_t kFirstPauseLayers = 1024;
 constexpr int64_t kLongestPauseLayers = 32 * kFirstPauseLayers;
 
@@ -43,15 +41,13 @@ void PrefetchScheduler::Record(const LayerObservation& layer) {
   add(balance_.gain, layer.num_prefetch_used - layer.late_stall_us / transfer_us_);
   add(balance_.wasted, layer.wasted_bytes / expert_bytes_);
   add(balance_.regretted, layer.num_regretted);
-  add(balance_.posted, layer.num_prefetch_posted);
   add(balance_.busy_us, layer.moved_bytes / expert_bytes_ * transfer_us_);
   add(balance_.elapsed_us, layer.compute_us + layer.stall_us);
 }
 
 void PrefetchScheduler::UpdatePrice() {
   const double rho = std::min(balance_.busy_us / std::max(balance_.elapsed_us, 1.0), 1.0);
-  const double q = balance_.regretted / std::max(balance_.posted, 1.0);
-  const double cost = balance_.wasted * (rho + kVictimsLost * q);
+  const double cost = 2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted);
   const double allowed = kCostShare * std::max(balance_.gain, 0.0);
   const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);
@@ -62,8 +58,13 @@ void PrefetchScheduler::PauseIfTooDear() {
   if (price_ < kMaxPrice) return;
   layers_paused_ = next_pause_layers_;
   next_pause_layers_ = std::min(2 * next_pause_layers_, kLongestPauseLayers);
-  price_ = kPriceAfterPause;
+  price_ = kFirstPrice;
   balance_ = {};
+}
+
+bool PrefetchScheduler::Expects(const Prediction& prediction) const {
+  const auto need = static_cast<double>(prediction.need);
+  return need >= (1.0 - need) * price_;
 }
 
 bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead) const {

@@ -170,18 +170,17 @@ LayerObservation Simulator::Observe(const Plan& plan, int32_t num_prefetch_hits)
                               before.counts.prefetch_bytes;
   const int64_t wasted_bytes = now.wasted_prefetch_bytes - before.counts.wasted_prefetch_bytes;
   const auto to_us = [](int64_t ns) { return static_cast<double>(ns) * 1e-3; };
-  return {
-      .compute_us = to_us(config_.layer_time_ns),
-      .stall_us = to_us(observed_.stall_ns - before.stall_ns),
-      .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
-      .num_fetched = num_rows - plan.num_hits + num_prefetch_hits,
-      .num_prefetch_used = plan.num_loading + num_prefetch_hits,
-      .num_prefetch_posted = num_posted_,
-      .num_regretted = static_cast<int32_t>(now.regretted_misses - before.counts.regretted_misses),
-      .wasted_bytes = static_cast<double>(wasted_bytes),
-      .moved_bytes = static_cast<double>(moved_bytes),
-      .bytes_per_second = transfers_.measured_bytes_per_second(),
-      .queued_bytes = static_cast<double>(transfers_.queue().queued_bytes())};
+  return {.compute_us = to_us(config_.layer_time_ns),
+          .stall_us = to_us(observed_.stall_ns - before.stall_ns),
+          .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
+          .num_fetched = num_rows - plan.num_hits + num_prefetch_hits,
+          .num_prefetch_used = plan.num_loading + num_prefetch_hits,
+          .num_regretted =
+              static_cast<int32_t>(now.regretted_prefetches - before.counts.regretted_prefetches),
+          .wasted_bytes = static_cast<double>(wasted_bytes),
+          .moved_bytes = static_cast<double>(moved_bytes),
+          .bytes_per_second = transfers_.measured_bytes_per_second(),
+          .queued_bytes = static_cast<double>(transfers_.queue().queued_bytes())};
 }
 
 void Simulator::Prefetch(const Plan& plan, int32_t num_prefetch_hits) {
@@ -189,31 +188,56 @@ void Simulator::Prefetch(const Plan& plan, int32_t num_prefetch_hits) {
                  ? scheduler_.BeginLayer(Observe(plan, num_prefetch_hits))
                  : config_.horizon;
   counts_.horizon_sum += horizon_;
-  num_posted_ = 0;
   predictions_.clear();
   predictor_->Predict(step_, horizon_, predictions_);
-  const Tick now = step_ + 1;
-  size_t first_of_layer = 0;
-  for (size_t i = 0; i < predictions_.size(); ++i) {
-    const Prediction& prediction = predictions_[i];
-    if (prediction.distance != predictions_[first_of_layer].distance) first_of_layer = i;
-    if (!Wants(prediction, i - first_of_layer)) continue;
-    const ExpertId expert{trace_.LayerOf(step_ + prediction.distance), prediction.expert};
-    const Tick needed_at = now + prediction.distance;
-    const SlotId slot = planner_.PlanPrefetch(expert, now, needed_at);
-    if (slot == SlotId::kNone) continue;
-    if (next_uses_) RankByNextUse(slot);
-    transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
-    ++num_posted_;
+  if (config_.horizon != SimulatorConfig::kAutoHorizon) KeepTopK();
+  // First all that is resident is protected, so that no prefetch takes the slot of another.
+  for (const Prediction& prediction : predictions_) {
+    if (IsResident(prediction) && IsExpected(prediction)) PlanPrefetch(prediction);
+  }
+  for (const Prediction& prediction : predictions_) {
+    if (!IsResident(prediction) && IsWanted(prediction)) PlanPrefetch(prediction);
   }
 }
 
-// `place` among the predictions for the same layer.
-bool Simulator::Wants(const Prediction& prediction, size_t place) {
-  if (config_.horizon != SimulatorConfig::kAutoHorizon) return place < routed_.size();
-  const auto needed_at = step_ + 1 + prediction.distance;
-  return scheduler_.Admits(prediction,
-                           static_cast<double>(transfers_.queue().prefetch_bytes_until(needed_at)));
+ExpertId Simulator::ExpertOf(const Prediction& prediction) const {
+  return {trace_.LayerOf(step_ + prediction.distance), prediction.expert};
+}
+
+bool Simulator::IsResident(const Prediction& prediction) const {
+  const ExpertIndex expert = ToIndex(table_.view(), ExpertOf(prediction));
+  return table_.view().expert_slot[Index(expert)] != SlotId::kNone;
+}
+
+bool Simulator::IsExpected(const Prediction& prediction) const {
+  return config_.horizon != SimulatorConfig::kAutoHorizon || scheduler_.Expects(prediction);
+}
+
+bool Simulator::IsWanted(const Prediction& prediction) const {
+  if (config_.horizon != SimulatorConfig::kAutoHorizon) return true;
+  const Tick needed_at = step_ + 1 + prediction.distance;
+  const size_t bytes_ahead = transfers_.queue().prefetch_bytes_until(needed_at);
+  return scheduler_.Admits(prediction, static_cast<double>(bytes_ahead));
+}
+
+void Simulator::PlanPrefetch(const Prediction& prediction) {
+  const Tick now = step_ + 1;
+  const Tick needed_at = now + prediction.distance;
+  const SlotId slot = planner_.PlanPrefetch(ExpertOf(prediction), now, needed_at);
+  if (slot == SlotId::kNone) return;
+  if (next_uses_) RankByNextUse(slot);
+  transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
+}
+
+// A fixed horizon knows no need: it takes as many experts of each layer as a token uses.
+void Simulator::KeepTopK() {
+  int32_t distance = 0;
+  size_t place = 0;
+  std::erase_if(predictions_, [&](const Prediction& prediction) {
+    place = prediction.distance == distance ? place + 1 : 0;
+    distance = prediction.distance;
+    return place >= routed_.size();
+  });
 }
 
 void Simulator::ComputeExperts(const Plan& plan) {

@@ -81,7 +81,12 @@ class Simulator {
   void PostMisses(const Plan& plan);
   LayerObservation Observe(const Plan& plan, int32_t num_prefetch_hits);
   void Prefetch(const Plan& plan, int32_t num_prefetch_hits);
-  bool Wants(const Prediction& prediction, size_t place);
+  ExpertId ExpertOf(const Prediction& prediction) const;
+  bool IsResident(const Prediction& prediction) const;
+  bool IsExpected(const Prediction& prediction) const;
+  bool IsWanted(const Prediction& prediction) const;
+  void PlanPrefetch(const Prediction& prediction);
+  void KeepTopK();
   void ComputeExperts(const Plan& plan);
   void RankByNextUse(SlotId slot);
   void ResetCounts();
@@ -106,7 +111,6 @@ class Simulator {
     int64_t late_stall_ns = 0;
     LayerStatistics counts;
   } observed_;
-  int32_t num_posted_ = 0;  // prefetches, by the last layer
 };
 
 }  // namespace expertflow

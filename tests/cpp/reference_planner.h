@@ -159,7 +159,8 @@ class ReferencePlanner {
     if (two_level && (s.predicted >= now || just_used)) return {3, s.streamed ? -1 : s.key, id};
     if (s.streamed) return {1, 0, id};
     const bool by_frequency = config_.policy == PolicyKind::kDecayedFrequency;
-    if (by_frequency && s.needed > now - num_layers_) return {3, s.key, id};
+    const bool protects = s.needed > now - num_layers_ || s.predicted >= now;
+    if (by_frequency && protects) return {3, s.key, id};
     return {2, s.key, id};
   }
 

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,15 +76,9 @@ def load_trace(path: str | os.PathLike[str]) -> Trace:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError(f"{path} is not a trace: it is one array, not an .npz file")
-            arrays = {name: _read(path, archive, name) for name in archive.files}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a trace: {error}") from error
-    except ValueError as error:
-        if str(error).startswith(str(path)):
-            raise
+        with path.open("rb") as file:
+            arrays = _read_arrays(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a trace: {error}") from error
     try:
         return make_trace(arrays)
@@ -143,11 +137,17 @@ def make_trace(arrays: Mapping[str, Any]) -> Trace:
     )
 
 
-def _read(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
-    try:
-        return np.asarray(archive[name])
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path}: the array {name} cannot be read: {error}") from error
+def _read_arrays(file: BinaryIO) -> dict[str, NDArray[Any]]:
+    archive = np.load(file, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one array, not an archive of named ones")
+    arrays = {}
+    for name in archive.files:
+        try:
+            arrays[name] = np.asarray(archive[name])
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"the array {name} cannot be read: {error}") from error
+    return arrays
 
 
 def _num_experts(array: NDArray[Any]) -> int:

@@ -35,8 +35,6 @@ Planner::Planner(SlotTable& table, const PlannerConfig& config)
   seen_by_.assign(num_experts, 0);
   statistics_.resize(static_cast<size_t>(table_.num_layers));
   candidates_.reserve(static_cast<size_t>(table_.num_slots) + 1);
-  missed_at_.assign(static_cast<size_t>(table_.num_layers) * num_experts, kNever);
-  prefetch_evicted_.assign(static_cast<size_t>(table_.num_slots), {ExpertIndex::kNone, kNever});
 }
 
 int64_t Planner::MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope) {
@@ -209,9 +207,7 @@ void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
 
 void Planner::AssignRow(PlanRow& row) {
   Evict(row.slot);
-  const ExpertIndex expert = ToIndex(table_, {plan_.layer, row.expert});
-  missed_at_[static_cast<size_t>(Index(expert))] = plan_.tick;
-  Assign(table_, row.slot, expert);
+  Assign(table_, row.slot, ToIndex(table_, {plan_.layer, row.expert}));
   table_.slot_key[Index(row.slot)] = kStreamedKey;
   RecordUse(row.slot);
 }
@@ -242,7 +238,6 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   const auto slot = static_cast<SlotId>(candidates_.front().slot);
   const int32_t s = Index(slot);
   Evict(slot);
-  prefetch_evicted_[static_cast<size_t>(s)] = {table_.slot_expert[s], now};
   Assign(table_, slot, index);
   table_.slot_key[s] = KeyOnUse(index, now);
   table_.slot_predicted[s] = needed_at;
@@ -262,10 +257,6 @@ void Planner::Evict(SlotId slot) {
   ++of_victim.evictions;
   if (table_.slot_unused[s]) {
     of_victim.wasted_prefetch_bytes += static_cast<int64_t>(config_.expert_bytes);
-    const Eviction& before = prefetch_evicted_[static_cast<size_t>(s)];
-    of_victim.regretted_prefetches +=
-        before.expert != ExpertIndex::kNone &&
-        missed_at_[static_cast<size_t>(Index(before.expert))] > before.tick;
   }
 }
 

@@ -67,8 +67,8 @@ class Planner {
   void Publish(SlotId slot);
   void Drop(SlotId slot);
 
-  // Hits, late hits, misses, evictions, regrets and wasted prefetches are counted here (an eviction
-  // on the layer of the evicted expert); bytes and times by whoever moves the experts.
+  // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the
+  // layer of the evicted expert); bytes and times by whoever moves the experts.
   LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
   const std::vector<LayerStatistics>& statistics() const { return statistics_; }
   void ResetStatistics() { std::ranges::fill(statistics_, LayerStatistics{}); }
@@ -81,10 +81,6 @@ class Planner {
     int64_t rank;
     int32_t slot;
     friend auto operator<=>(const Candidate&, const Candidate&) = default;
-  };
-  struct Eviction {
-    ExpertIndex expert;
-    Tick tick;
   };
   struct SlotRange {
     int32_t begin;
@@ -122,8 +118,6 @@ class Planner {
       seen_by_;  // [num_experts] the `collections_` count when the expert was last seen
   int64_t collections_ = 1;
   std::vector<Candidate> candidates_;        // [num_slots]
-  std::vector<Tick> missed_at_;              // [num_layers * num_experts] last miss
-  std::vector<Eviction> prefetch_evicted_;   // [num_slots] by the last prefetch into the slot
   std::vector<LayerStatistics> statistics_;  // [num_layers]
 };
 

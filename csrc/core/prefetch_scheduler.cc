@@ -39,8 +39,8 @@ int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
 void PrefetchScheduler::Record(const LayerObservation& layer) {
   const auto add = [](double& sum, double value) { sum = sum * kKeep + value; };
   add(balance_.gain, layer.num_prefetch_used - layer.late_stall_us / transfer_us_);
-  add(balance_.wasted, layer.wasted_bytes / expert_bytes_);
-  add(balance_.regretted, layer.num_regretted);
+  add(balance_.wasted, layer.num_prefetch_wasted);
+  add(balance_.regretted, layer.num_prefetch_regretted);
   add(balance_.busy_us, layer.moved_bytes / expert_bytes_ * transfer_us_);
   add(balance_.elapsed_us, layer.compute_us + layer.stall_us);
 }

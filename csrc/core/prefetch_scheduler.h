@@ -20,15 +20,16 @@ struct PrefetchConfig {
   size_t expert_bytes = 0;
 };
 
-// What happened since the last call; all of it measured.
+// What happened since the last call; all of it measured. Counts of prefetched experts are those of
+// PrefetchLedger.
 struct LayerObservation {
-  double compute_us = 0.0;        // of the layer that ran last, without stalls
-  double stall_us = 0.0;          // waits for experts
-  double late_stall_us = 0.0;     // part of it: waits for prefetches in flight
-  int32_t num_fetched = 0;        // experts that the layer planned now had to fetch, in time or not
-  int32_t num_prefetch_used = 0;  // part of them: a prefetch brought it, or is bringing it
-  int32_t num_regretted = 0;      // wasted prefetches whose victim was missed meanwhile
-  double wasted_bytes = 0.0;      // prefetched and evicted or dropped without a use
+  double compute_us = 0.0;     // of the layer that ran last, without stalls
+  double stall_us = 0.0;       // waits for experts
+  double late_stall_us = 0.0;  // part of it: waits for prefetches in flight
+  int32_t num_fetched = 0;     // experts that the layer planned now had to fetch, in time or not
+  int32_t num_prefetch_used = 0;
+  int32_t num_prefetch_wasted = 0;
+  int32_t num_prefetch_regretted = 0;
   double moved_bytes = 0.0;       // prefetched and demanded
   double bytes_per_second = 0.0;  // of the link; 0: not measured yet
   double queued_bytes = 0.0;

@@ -50,6 +50,7 @@ Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)
       transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes, config.link),
       scheduler_(
           {.max_horizon = kMaxHorizon, .top_k = trace.top_k, .expert_bytes = config.expert_bytes}),
+      ledger_(table_.view()),
       predictor_(MakePredictor(config.predictor, trace)) {
   CheckTrace(trace);
   if (config.layer_time_ns < 0 || !(config.expert_share >= 0.0 && config.expert_share <= 1.0)) {
@@ -99,30 +100,14 @@ void Simulator::RunLayer() {
   transfers_.AdvanceTo(now_ns_);
   std::ranges::copy(trace_.experts(step_), routed_.begin());
   const int32_t layer = trace_.LayerOf(step_);
-  const int32_t num_prefetch_hits = predictor_ ? CountPrefetched(layer) : 0;
-  counts_.prefetch_hits += num_prefetch_hits;
   const Plan& plan = PlanLayer(layer);
   PostMisses(plan);
   if (predictor_) {
     predictor_->Learn(step_);
-    Prefetch(plan, num_prefetch_hits);
+    Prefetch(plan);
   }
   ComputeExperts(plan);
   ++step_;
-}
-
-// Of the layer's experts, those that are ready because of a prefetch that nobody used yet.
-int32_t Simulator::CountPrefetched(int32_t layer) {
-  const SlotTableView& table = table_.view();
-  int32_t count = 0;
-  for (auto expert = routed_.begin(); expert != routed_.end(); ++expert) {
-    const ExpertIndex index = ToIndex(table, {layer, static_cast<int32_t>(*expert)});
-    const SlotId slot = table.expert_slot[Index(index)];
-    if (slot == SlotId::kNone || !table.slot_unused[Index(slot)]) continue;
-    if (std::find(routed_.begin(), expert, *expert) != expert) continue;  // routed twice
-    count += table.slot_state[Index(slot)] == SlotState::kReady;
-  }
-  return count;
 }
 
 const Plan& Simulator::PlanLayer(int32_t layer) {
@@ -160,7 +145,7 @@ void Simulator::PostMisses(const Plan& plan) {
   }
 }
 
-LayerObservation Simulator::Observe(const Plan& plan, int32_t num_prefetch_hits) {
+LayerObservation Simulator::Observe(const Plan& plan, const PrefetchLedger::Counts& prefetched) {
   const auto num_rows = static_cast<int32_t>(plan.rows.size());
   const auto before = observed_;
   observed_ = {counts_.stall_ns, counts_.late_stall_ns, {}};
@@ -168,24 +153,25 @@ LayerObservation Simulator::Observe(const Plan& plan, int32_t num_prefetch_hits)
   const LayerStatistics& now = observed_.counts;
   const int64_t moved_bytes = now.demand_bytes + now.prefetch_bytes - before.counts.demand_bytes -
                               before.counts.prefetch_bytes;
-  const int64_t wasted_bytes = now.wasted_prefetch_bytes - before.counts.wasted_prefetch_bytes;
   const auto to_us = [](int64_t ns) { return static_cast<double>(ns) * 1e-3; };
   return {.compute_us = to_us(config_.layer_time_ns),
           .stall_us = to_us(observed_.stall_ns - before.stall_ns),
           .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
-          .num_fetched = num_rows - plan.num_hits + num_prefetch_hits,
-          .num_prefetch_used = plan.num_loading + num_prefetch_hits,
-          .num_regretted =
-              static_cast<int32_t>(now.regretted_prefetches - before.counts.regretted_prefetches),
-          .wasted_bytes = static_cast<double>(wasted_bytes),
+          .num_fetched = num_rows - plan.num_hits + prefetched.ready,
+          .num_prefetch_used = prefetched.used,
+          .num_prefetch_wasted = prefetched.wasted,
+          .num_prefetch_regretted = prefetched.regretted,
           .moved_bytes = static_cast<double>(moved_bytes),
           .bytes_per_second = transfers_.measured_bytes_per_second(),
           .queued_bytes = static_cast<double>(transfers_.queue().queued_bytes())};
 }
 
-void Simulator::Prefetch(const Plan& plan, int32_t num_prefetch_hits) {
+void Simulator::Prefetch(const Plan& plan) {
+  ledger_.RecordPlan(plan);
+  const PrefetchLedger::Counts prefetched = ledger_.TakeCounts();
+  counts_.prefetch_hits += prefetched.ready;
   horizon_ = config_.horizon == SimulatorConfig::kAutoHorizon
-                 ? scheduler_.BeginLayer(Observe(plan, num_prefetch_hits))
+                 ? scheduler_.BeginLayer(Observe(plan, prefetched))
                  : config_.horizon;
   counts_.horizon_sum += horizon_;
   predictions_.clear();
@@ -225,6 +211,7 @@ void Simulator::PlanPrefetch(const Prediction& prediction) {
   const Tick needed_at = now + prediction.distance;
   const SlotId slot = planner_.PlanPrefetch(ExpertOf(prediction), now, needed_at);
   if (slot == SlotId::kNone) return;
+  ledger_.RecordPrefetch(slot, ExpertOf(prediction), now);
   if (next_uses_) RankByNextUse(slot);
   transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
 }

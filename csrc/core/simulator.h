@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/planner.h"
+#include "core/prefetch_ledger.h"
 #include "core/prefetch_scheduler.h"
 #include "core/simulation/next_uses.h"
 #include "core/simulation/step_predictor.h"
@@ -77,10 +78,9 @@ class Simulator {
  private:
   void RunLayer();
   const Plan& PlanLayer(int32_t layer);
-  int32_t CountPrefetched(int32_t layer);
   void PostMisses(const Plan& plan);
-  LayerObservation Observe(const Plan& plan, int32_t num_prefetch_hits);
-  void Prefetch(const Plan& plan, int32_t num_prefetch_hits);
+  LayerObservation Observe(const Plan& plan, const PrefetchLedger::Counts& prefetched);
+  void Prefetch(const Plan& plan);
   ExpertId ExpertOf(const Prediction& prediction) const;
   bool IsResident(const Prediction& prediction) const;
   bool IsExpected(const Prediction& prediction) const;
@@ -97,6 +97,7 @@ class Simulator {
   Planner planner_;
   VirtualTransfers transfers_;
   PrefetchScheduler scheduler_;
+  PrefetchLedger ledger_;
   std::unique_ptr<StepPredictor> predictor_;
   std::optional<NextUses> next_uses_;
   std::vector<int64_t> routed_;  // [top_k]

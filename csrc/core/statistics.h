@@ -15,8 +15,7 @@ struct LayerStatistics {
   int64_t wasted_prefetch_bytes =
       0;  // part of prefetch_bytes whose expert was evicted or dropped before any use
   int64_t evictions = 0;
-  int64_t regretted_prefetches = 0;  // wasted, and what they evicted was missed meanwhile
-  double stall_us = 0.0;             // the compute thread waited this long
+  double stall_us = 0.0;  // the compute thread waited this long
 
   LayerStatistics& operator+=(const LayerStatistics& other) {
     hits += other.hits;
@@ -26,7 +25,6 @@ struct LayerStatistics {
     prefetch_bytes += other.prefetch_bytes;
     wasted_prefetch_bytes += other.wasted_prefetch_bytes;
     evictions += other.evictions;
-    regretted_prefetches += other.regretted_prefetches;
     stall_us += other.stall_us;
     return *this;
   }

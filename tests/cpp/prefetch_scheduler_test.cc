@@ -92,13 +92,12 @@ TEST(HorizonControllerTest, StallRaisesItAndItsEndLowersIt) {
 class PrefetchSchedulerTest : public testing::Test {
  protected:
   // One layer in which `used` of the prefetches were needed and `wasted` were not.
-  int32_t Layer(int32_t used, double wasted) {
+  int32_t Layer(int32_t used, int32_t wasted) {
     return scheduler_.BeginLayer({.compute_us = 100.0,
                                   .stall_us = 10.0,
                                   .num_fetched = used + 1,
                                   .num_prefetch_used = used,
-                                  .num_regretted = 0,
-                                  .wasted_bytes = wasted * kExpertBytes,
+                                  .num_prefetch_wasted = wasted,
                                   .moved_bytes = 2.0 * kExpertBytes,
                                   .bytes_per_second = 80e9});
   }
@@ -112,7 +111,7 @@ TEST_F(PrefetchSchedulerTest, AdmitsNothingBeforeTheLinkIsMeasured) {
 }
 
 TEST_F(PrefetchSchedulerTest, WeighsNeedAgainstWhatFitsBeforeTheLayer) {
-  Layer(1, 0.0);  // a transfer takes 100 us, as a layer does; the price is about 2
+  Layer(1, 0);  // a transfer takes 100 us, as a layer does; the price is about 2
   EXPECT_TRUE(scheduler_.Admits({1, 0, 0.7F}, 0.0));  // 2/3 is the border
   EXPECT_FALSE(scheduler_.Admits({1, 0, 0.6F}, 0.0));
   // With half an expert ahead only half of it is hidden: 4/5 is the border.
@@ -124,16 +123,23 @@ TEST_F(PrefetchSchedulerTest, WeighsNeedAgainstWhatFitsBeforeTheLayer) {
 }
 
 TEST_F(PrefetchSchedulerTest, PriceFallsWhileNothingIsWastedAndSettlesInBetween) {
-  for (int i = 0; i < 20000; ++i) Layer(1, 0.0);
+  for (int i = 0; i < 20000; ++i) Layer(1, 0);
   EXPECT_EQ(scheduler_.price(), PrefetchScheduler::kMinPrice);
   // The waste follows the price, as if a lower threshold let in more that is wrong.
-  for (int i = 0; i < 50000; ++i) Layer(1, 0.2 / scheduler_.price());
+  double owed = 0.0;
+  const auto run_layer = [&] {
+    owed += 0.1 / scheduler_.price();
+    const auto wasted = static_cast<int32_t>(owed);
+    owed -= wasted;
+    Layer(1, wasted);
+  };
+  for (int i = 0; i < 50000; ++i) run_layer();
   const double settled = scheduler_.price();
-  EXPECT_GT(settled, PrefetchScheduler::kMinPrice);
-  EXPECT_LT(settled, PrefetchScheduler::kMaxPrice);
+  EXPECT_GT(settled, 2 * PrefetchScheduler::kMinPrice);
+  EXPECT_LT(settled, 0.5 * PrefetchScheduler::kMaxPrice);
   for (int i = 0; i < 5000; ++i) {
-    Layer(1, 0.2 / scheduler_.price());
-    ASSERT_NEAR(scheduler_.price(), settled, 0.01 * settled);
+    run_layer();
+    ASSERT_NEAR(scheduler_.price(), settled, 0.02 * settled);
   }
 }
 
@@ -141,7 +147,7 @@ TEST_F(PrefetchSchedulerTest, TurnsItselfOffWhereItDoesNotPayAndTriesAgainEverLa
   std::vector<int> pauses;
   int pause = 0;
   for (int i = 0; i < 40000; ++i) {
-    const bool is_off = Layer(0, scheduler_.horizon() == 0 ? 0.0 : 1.0) == 0;
+    const bool is_off = Layer(0, scheduler_.horizon() == 0 ? 0 : 1) == 0;
     if (!is_off && pause > 0) pauses.push_back(pause);
     pause = is_off ? pause + 1 : 0;
   }

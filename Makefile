@@ -59,7 +59,8 @@ bench: build $(DONE)/test-tools
 	sh tools/require_packages.sh benchmark
 	cmake -S . -B $(BUILD) -DEXPERTFLOW_BUILD_BENCH=ON -DEXPERTFLOW_WERROR=$(WERROR) --log-level=WARNING
 	cmake --build $(BUILD)
-	set -e; for bench in $(BUILD)/*_bench; do $$bench; done
+	set -e; for bench in $(BUILD)/*_bench; do \
+	  case $$bench in */cuda_*) nvidia-smi >/dev/null 2>&1 || continue ;; esac; $$bench; done
 	set -e; for bench in bench/*_bench.py; do python $$bench; done
 
 # The tests of core and host, which need no Python: build/asan (with UBSan) and build/tsan.

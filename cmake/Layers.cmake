@@ -22,7 +22,7 @@ endfunction()
 add_layer(core)
 add_layer(host USES core)
 if(EXPERTFLOW_WITH_CUDA)
-  add_layer(cuda USES core)
+  add_layer(cuda USES host core)
   set_target_properties(expertflow_cuda PROPERTIES
     CUDA_ARCHITECTURES "${EXPERTFLOW_CUDA_ARCHITECTURES}")
   target_link_libraries(expertflow_cuda PUBLIC CUDA::cudart_static)

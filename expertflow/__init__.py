@@ -2,13 +2,14 @@
 
 from .build_info import build_info
 from .cache import ExpertCache, hit_rate
-from .errors import CheckpointError, TransferError, UnsupportedModelError
+from .errors import CheckpointError, CudaError, TransferError, UnsupportedModelError
 from .loading import from_pretrained
 from .model_info import ModelInfo, model_info
 from .moe_layer import MoELayer
 
 __all__ = [
     "CheckpointError",
+    "CudaError",
     "ExpertCache",
     "MoELayer",
     "ModelInfo",

@@ -13,6 +13,7 @@ class Gpu(TypedDict):
     name: str
     compute_capability: tuple[int, int]
     total_memory_bytes: int
+    numa_node: int | None  # of the host, nearest to it; None if not known
 
 
 class BuildInfo(TypedDict):

@@ -20,7 +20,9 @@ ExpertWeights = dict[str, Tensor]
 # (tokens [n, H], weights of one expert) -> [n, H]
 ExpertMlp = Callable[[Tensor, ExpertWeights], Tensor]
 
-_CHUNK_BYTES = 1 << 20  # a demand waits for no more than one chunk a thread
+# On the CPU a demand waits for no more than one chunk a thread. On CUDA it waits for two, and
+# smaller ones do not reach the link's bandwidth.
+_CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 4 << 20}
 _open_caches: "weakref.WeakValueDictionary[int, ExpertCache]" = weakref.WeakValueDictionary()
 
 
@@ -39,6 +41,9 @@ class ExpertCache:
         scope: "global", or "layer" for an equal share of the slots for each layer.
         decay: of use frequencies, per token.
         num_threads: that copy experts; default: the cores there are, at most 4.
+        device: where the slots are and the experts are computed, "cpu" or "cuda:0".
+        mlp_hidden: on CUDA, the hidden size, if the experts are what `ops.compute` computes:
+            MLPs with SiLU gates, or with biases as gpt-oss has them.
 
     Raises:
         ValueError: options that do not fit together, e.g. fewer slots than a layer's top-k.
@@ -59,22 +64,31 @@ class ExpertCache:
         scope: str = "global",
         decay: float = 0.98,
         num_threads: int | None = None,
+        device: str | torch.device = "cpu",
+        mlp_hidden: int | None = None,
     ) -> None:
         if num_threads is None:
             num_threads = min(4, len(os.sched_getaffinity(0)))
-        self._core = _core.ExpertCache(
-            source,
-            layout,
-            num_layers=num_layers,
-            num_experts=num_experts,
-            top_k=top_k,
-            num_slots=num_slots,
-            policy=policy,
-            scope=scope,
-            decay=decay,
-            chunk_bytes=_CHUNK_BYTES,
-            num_threads=num_threads,
-        )
+        self.device = torch.device(device)
+        options: dict[str, Any] = {
+            "num_layers": num_layers,
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "num_slots": num_slots,
+            "policy": policy,
+            "scope": scope,
+            "decay": decay,
+            "chunk_bytes": _CHUNK_BYTES[self.device.type],
+            "num_threads": num_threads,
+        }
+        self._core: _core.ExpertCache | _core.CudaExpertCache
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # torch's unused blocks are no use to the slots
+            options |= {"device": self.device.index or 0, "mlp_hidden": mlp_hidden}
+            self._core = _core.CudaExpertCache(source, layout, **options)
+            self._slots = torch.as_tensor(_CudaSlots(self._core), device=self.device)
+        else:
+            self._core = _core.ExpertCache(source, layout, **options)
         self.source = source
         self.layout = layout
         self.segment_shapes = segment_shapes
@@ -94,6 +108,7 @@ class ExpertCache:
         self.scope = scope
         self.decay = decay
         self.num_threads = num_threads
+        self.mlp_hidden = mlp_hidden
         # For compiled graphs, which know a layer by its number only.
         self.layers: weakref.WeakValueDictionary[int, StreamedExperts] = (
             weakref.WeakValueDictionary()
@@ -126,14 +141,20 @@ class ExpertCache:
                 for role, tensor in tensors.items()
             ]
         )
-        pool = _core.RamPool(layout, num_layers * num_experts)
-        for expert in range(num_layers * num_experts):
+        num_experts_total = num_layers * num_experts
+        pool = _core.RamPool(layout, num_experts_total)
+        for expert in range(num_experts_total):
             memory = torch.from_numpy(pool.expert_memory(expert))
             for role, _, offset, num_bytes in layout.segments:
-                source = tensors[role][divmod(expert, num_experts)].contiguous()
-                memory[offset : offset + num_bytes] = source.flatten().view(torch.uint8)
+                tensor = tensors[role][divmod(expert, num_experts)].contiguous()
+                memory[offset : offset + num_bytes] = tensor.flatten().view(torch.uint8)
+        source: _core.ExpertSource = pool
+        device = torch.device(options.get("device", "cpu"))
+        if device.type == "cuda":
+            source = pinned = _core.PinnedPool(pool, device.index or 0, is_required=False)
+            pinned.pin(0, num_experts_total)
         return cls(
-            pool, layout, shapes, num_layers, num_experts, top_k, num_slots=num_slots, **options
+            source, layout, shapes, num_layers, num_experts, top_k, num_slots=num_slots, **options
         )
 
     def resized(self, num_slots: int, policy: str, scope: str) -> "ExpertCache":
@@ -150,7 +171,17 @@ class ExpertCache:
             scope=scope,
             decay=self.decay,
             num_threads=self.num_threads,
+            device=self.device,
+            mlp_hidden=self.mlp_hidden,
         )
+
+    def close(self) -> None:
+        """Free the slots of a CUDA cache now, instead of when nothing refers to it any more.
+
+        Afterwards it is of use only to be `resized`.
+        """
+        self._slot_weights = []
+        del self._slots, self._core
 
     @staticmethod
     def of_handle(handle: Tensor) -> "ExpertCache":
@@ -179,7 +210,7 @@ class ExpertCache:
         """Return views of the tensors in `slot`, whichever expert it holds."""
         weights = self._slot_weights[slot]
         if weights is None:
-            memory = torch.from_numpy(self._core.slot_memory(slot))
+            memory = self._slot_memory(slot)
             weights = {
                 role: memory[offset : offset + num_bytes].view(dtype).view(shape)
                 for role, dtype, offset, num_bytes, shape in self._segments
@@ -187,9 +218,25 @@ class ExpertCache:
             self._slot_weights[slot] = weights
         return weights
 
+    def _slot_memory(self, slot: int) -> Tensor:
+        if isinstance(self._core, _core.ExpertCache):
+            return torch.from_numpy(self._core.slot_memory(slot))
+        return self._slots[slot]
+
+    def stacked_weights(self, first_slot: int, last_slot: int) -> ExpertWeights:
+        """Return the tensors of a range of slots (`last_slot` not included), each [slots, ...].
+
+        Only on CUDA; views, whichever experts the slots hold.
+        """
+        slots = self._slots[first_slot:last_slot]
+        return {
+            role: slots[:, offset : offset + num_bytes].view(dtype).unflatten(1, shape)
+            for role, dtype, offset, num_bytes, shape in self._segments
+        }
+
     def prefetch(self, layer: int, expert_ids: Tensor, distance: int = 1) -> None:
         """Fetch what `layer` will need `distance` MoE layers from now; see `ops.prefetch`."""
-        ids = expert_ids.to(torch.int64).contiguous()
+        ids = expert_ids.to("cpu", torch.int64).contiguous()
         with self.lock:
             ops.prefetch(self.handle, ids, layer, distance)
 
@@ -205,6 +252,14 @@ class ExpertCache:
     def reset_statistics(self) -> None:
         """Start counting anew."""
         self._core.reset_statistics()
+
+
+class _CudaSlots:
+    """The slots in device memory, as torch.as_tensor takes them without a copy."""
+
+    def __init__(self, core: "_core.CudaExpertCache") -> None:
+        self._core = core  # the tensor keeps this object, and so the slots, alive
+        self.__cuda_array_interface__ = core.slots_interface()
 
 
 def _disown_caches() -> None:

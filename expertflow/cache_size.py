@@ -47,17 +47,23 @@ class CacheSize:
     pool: str
     policy: str
     scope: str
+    on_cuda: bool = False  # slots and the rest of the model are on a GPU
+
+    @property
+    def slot_bytes(self) -> int:
+        """All slots."""
+        return self.num_slots * self.model.slot_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """Slots; none if the RAM pool itself serves as the cache.
+        """Slots in RAM; none if the RAM pool itself serves as the cache.
 
         It does when every expert has a slot and the policy lets it stay there.
         """
         is_whole = self.num_slots == self.model.num_experts_total
-        if self.pool == "ram" and is_whole and self.policy != "on_demand":
+        if self.on_cuda or (self.pool == "ram" and is_whole and self.policy != "on_demand"):
             return 0
-        return self.num_slots * self.model.slot_bytes
+        return self.slot_bytes
 
     @property
     def pool_bytes(self) -> int:
@@ -66,12 +72,18 @@ class CacheSize:
 
     @property
     def needed_bytes(self) -> int:
-        """All of the model."""
+        """RAM for all of the model; what goes to a GPU passes through it."""
         return self.cache_bytes + self.pool_bytes + self.model.other_bytes
 
 
 def size_cache(
-    model: ModelSizes, expert_cache: str | float | int, pool: str, policy: str, scope: str
+    model: ModelSizes,
+    expert_cache: str | float | int,
+    pool: str,
+    policy: str,
+    scope: str,
+    *,
+    on_cuda: bool = False,
 ) -> CacheSize:
     """Turn `expert_cache` into slots; more than all experts is the same as "100%".
 
@@ -92,7 +104,7 @@ def size_cache(
             f"is {smallest} experts{each and f' ({top_k}{each})'}: "
             f"{smallest * slot_bytes} bytes ({format_size(smallest * slot_bytes)})."
         )
-    return CacheSize(model, _whole_layers(num_slots, model, scope), pool, policy, scope)
+    return CacheSize(model, _whole_layers(num_slots, model, scope), pool, policy, scope, on_cuda)
 
 
 def largest_cache_bytes(
@@ -120,9 +132,14 @@ def check_cache_fits(size: CacheSize, available: AvailableMemory, *, pool_is_fix
         return
     model, options = size.model, []
     fits_pool = model.pool_bytes + model.other_bytes <= available.num_bytes
-    if size.pool == "ram" and size.policy != "on_demand" and fits_pool:
+    if size.pool == "ram" and not size.on_cuda and size.policy != "on_demand" and fits_pool:
         options.append('expert_cache="100%" (then the pool itself is the cache)')
-    for pool in dict.fromkeys([size.pool] if pool_is_fixed else [size.pool, "file"]):
+    pools = dict.fromkeys([size.pool] if pool_is_fixed else [size.pool, "file"])
+    if size.on_cuda:
+        pools.pop("ram", None)  # no smaller cache makes room for it
+        options += ['pool="file"'] if "file" in pools else []
+        pools = {}
+    for pool in pools:
         num_bytes = largest_cache_bytes(model, pool, available.num_bytes, size.scope)
         if num_bytes:
             options.append(
@@ -138,4 +155,21 @@ def check_cache_fits(size: CacheSize, available: AvailableMemory, *, pool_is_fix
         f"{model.path} ({', '.join(parts)})",
         f"{advice} ram_limit= of from_pretrained overrides the amount that is taken to be "
         "available.",
+    )
+
+
+def check_cuda_cache_fits(size: CacheSize, free_bytes: int, device: object) -> None:
+    """Raise MemoryError, saying what would fit, if slots and the rest do not fit on the GPU."""
+    model = size.model
+    if size.slot_bytes + model.other_bytes <= free_bytes:
+        return
+    num_slots = max(free_bytes - model.other_bytes, 0) // model.slot_bytes
+    num_slots = _whole_layers(min(num_slots, size.num_slots), model, size.scope)
+    fits = num_slots >= min_slots(model.num_layers, model.top_k, size.scope)
+    num_bytes = num_slots * model.slot_bytes
+    advice = f"expert_cache up to {num_bytes} ({format_size(num_bytes)})" if fits else "no cache"
+    raise MemoryError(
+        f"{model.path} needs {format_size(size.slot_bytes)} for the expert cache and "
+        f"{format_size(model.other_bytes)} for the rest of the model on {device}, where "
+        f"{format_size(free_bytes)} are free. What would fit: {advice}."
     )

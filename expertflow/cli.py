@@ -106,7 +106,7 @@ def _add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", choices=POLICIES, default="decayed_frequency")
     parser.add_argument("--cache-scope", choices=("global", "layer"), default="global")
     parser.add_argument("--pool", choices=("ram", "file"), default="ram")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 (default: auto)"
     )

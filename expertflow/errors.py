@@ -14,3 +14,7 @@ class TransferError(OSError):
 
     The cache stays consistent: the same forward pass may be tried again.
     """
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA runtime failed; the message has the error, the call and the sizes."""

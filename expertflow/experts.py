@@ -17,6 +17,7 @@ from torch.nn import functional
 from . import ops
 from .cache import ExpertCache, ExpertMlp, ExpertWeights
 from .errors import UnsupportedModelError
+from .grouped import GroupedMlp, can_group, compute_grouped
 from .unsupported import refuse_conversion
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
@@ -29,6 +30,7 @@ def compute_experts(
     expert_ids: Tensor,
     expert_weights: Tensor,
     expert_mlp: ExpertMlp,
+    grouped_mlp: GroupedMlp | None = None,
     on_planned: Callable[[], None] | None = None,
 ) -> Tensor:
     """Return the weighted sum over each token's experts, [tokens, hidden].
@@ -40,6 +42,7 @@ def compute_experts(
         expert_ids: [tokens, k] integers.
         expert_weights: [tokens, k], any floating dtype.
         expert_mlp: one expert.
+        grouped_mlp: several experts, if `can_group(cache)`; used for many tokens.
         on_planned: called once the missing experts are on their way; the place to prefetch.
 
     Raises:
@@ -53,11 +56,19 @@ def compute_experts(
     with cache.lock:
         for start in range(0, num_tokens, block):
             tokens = slice(start, start + block)
-            partial = _compute_block(
-                cache, layer, hidden_states[tokens], expert_ids[tokens], expert_mlp, on_planned
+            rows = ops.plan(cache.handle, expert_ids[tokens], layer).tolist()
+            if on_planned is not None:
+                on_planned()
+            output = _compute_block(
+                cache,
+                rows,
+                hidden_states[tokens],
+                expert_ids[tokens],
+                expert_weights[tokens],
+                expert_mlp,
+                grouped_mlp,
             )
-            weighted = partial * expert_weights[tokens].unsqueeze(-1)
-            outputs.append(weighted.sum(dim=1).to(hidden_states.dtype))
+            outputs.append(output)
     if not outputs:
         return hidden_states.new_zeros(hidden_states.shape)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -65,20 +76,39 @@ def compute_experts(
 
 def _compute_block(
     cache: ExpertCache,
-    layer: int,
+    rows: list[list[int]],
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    expert_mlp: ExpertMlp,
+    grouped_mlp: GroupedMlp | None,
+) -> Tensor:
+    """Compute the rows of a plan: [tokens, hidden]."""
+    num_tokens, top_k = expert_ids.shape
+    is_decode = num_tokens <= ops.MAX_COMPUTE_TOKENS and num_tokens * top_k <= ops.MAX_COMPUTE_PAIRS
+    if cache.mlp_hidden is not None and is_decode:
+        return ops.compute(cache.handle, hidden_states.contiguous(), expert_weights.contiguous())
+    partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
+    if grouped_mlp is not None:
+        compute_grouped(cache, rows, hidden_states, expert_ids, grouped_mlp, partial)
+    else:
+        _compute_rows(cache, rows, hidden_states, expert_ids, expert_mlp, partial)
+    weighted = partial.view(num_tokens, top_k, -1) * expert_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def _compute_rows(
+    cache: ExpertCache,
+    rows: list[list[int]],
     hidden_states: Tensor,
     expert_ids: Tensor,
     expert_mlp: ExpertMlp,
-    on_planned: Callable[[], None] | None,
-) -> Tensor:
-    """Return what each expert makes of each of its tokens, [tokens, k, hidden]."""
+    partial: Tensor,
+) -> None:
+    """Fill `partial` [tokens * k, hidden], expert by expert."""
     num_tokens, top_k = expert_ids.shape
-    rows = ops.plan(cache.handle, expert_ids, layer).tolist()
-    if on_planned is not None:
-        on_planned()
-    places = _places_by_expert(expert_ids, len(rows), cache.num_experts)
-    partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
-    for index, (expert, slot, state, _, next_row) in enumerate(rows):
+    places = _places_by_expert(expert_ids, rows)
+    for index, (expert, slot, state, _, next_row, _) in enumerate(rows):
         if state != ops.HIT:
             ops.wait(cache.handle, index)
         place = places[expert]
@@ -86,19 +116,25 @@ def _compute_block(
         partial[place] = expert_mlp(tokens, cache.slot_weights(slot))
         if next_row != ops.NO_ROW:
             ops.release(cache.handle, index)
-    return partial.view(num_tokens, top_k, -1)
 
 
-def _places_by_expert(
-    expert_ids: Tensor, num_distinct: int, num_experts: int
-) -> dict[int, Tensor] | tuple[Tensor, ...]:
+def _places_by_expert(expert_ids: Tensor, rows: list[list[int]]) -> dict[int, Tensor]:
     """Return for each expert where it stands in the flattened `expert_ids`, ascending."""
-    flat = expert_ids.view(-1)
-    order = flat.argsort(stable=True)
-    if num_distinct == len(order):  # as for one token
-        return dict(zip(flat[order].tolist(), order.split(1), strict=True))
-    counts = torch.bincount(flat, minlength=num_experts)
-    return order.split(counts.tolist())
+    order = expert_ids.view(-1).argsort(stable=True)
+    counts = {row[ops.EXPERT]: row[ops.COUNT] for row in rows}
+    experts = sorted(counts)
+    pieces = order.split([counts[expert] for expert in experts])
+    return dict(zip(experts, pieces, strict=True))
+
+
+def _silu_gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def _gpt_oss_gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 class StreamedExperts(nn.Module):
@@ -122,12 +158,29 @@ class StreamedExperts(nn.Module):
         self._apply_gate: Callable[[Tensor], Tensor] = template._apply_gate  # type: ignore[assignment]
         self.cache: ExpertCache | None = None
         self.layer_index = -1
+        self._can_group = False
 
     def bind(self, cache: ExpertCache, layer_index: int) -> None:
         """Take the experts from MoE layer `layer_index` of `cache`."""
         self.cache = cache
         self.layer_index = layer_index
+        self._can_group = can_group(cache)
         cache.layers[layer_index] = self
+
+    def mlp_hidden(self) -> int | None:
+        """The hidden size if `ops.compute` knows these experts, else None.
+
+        It knows one activation for each layout: gates are tried out, not recognized by name.
+        """
+        gate_up, down = self.segment_shapes["gate_up_proj"], self.segment_shapes["down_proj"]
+        has_bias = "down_proj_bias" in self.segment_shapes
+        if any(size % 8 for size in (*gate_up, *down)) or has_bias != self.is_transposed:
+            return None
+        probe = torch.linspace(-9, 9, 32).view(2, 16)
+        expected = (_gpt_oss_gate if has_bias else _silu_gate)(probe)
+        if not torch.allclose(self._apply_gate(probe), expected):
+            return None
+        return down[1] if self.is_transposed else down[0]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Refused: there is nothing to save. A PeftModel takes only the adapter's tensors."""
@@ -168,6 +221,35 @@ class StreamedExperts(nn.Module):
         output, bias = functional.linear(x, weight), weights.get(role + "_bias")
         return output if bias is None else output + bias
 
+    def grouped_mlp(
+        self, tokens: Tensor, weights: ExpertWeights, counts: Tensor, ends: Tensor
+    ) -> Tensor:
+        """Several experts, see `grouped.GroupedMlp`."""
+        gate_up = self._grouped_linear(tokens, weights, "gate_up_proj", counts, ends)
+        return self._grouped_linear(self._apply_gate(gate_up), weights, "down_proj", counts, ends)
+
+    def _grouped_linear(
+        self, x: Tensor, weights: ExpertWeights, role: str, counts: Tensor, ends: Tensor
+    ) -> Tensor:
+        weight = weights[role] if self.is_transposed else weights[role].transpose(1, 2)
+        output, bias = functional.grouped_mm(x, weight, offs=ends), weights.get(role + "_bias")
+        if bias is None:
+            return output
+        return output + bias.repeat_interleave(counts, dim=0, output_size=len(x))
+
+    def compute(self, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """[T, H], [T, K], [T, K] -> [T, H], with the experts of the cache."""
+        assert self.cache is not None
+        return compute_experts(
+            self.cache,
+            self.layer_index,
+            hidden_states,
+            expert_ids,
+            expert_weights,
+            self.expert_mlp,
+            self.grouped_mlp if self._can_group else None,
+        )
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]."""
         if self.cache is None:
@@ -185,9 +267,7 @@ class StreamedExperts(nn.Module):
             )
         if torch.is_autocast_enabled(hidden_states.device.type):
             return self._without_autocast(hidden_states, top_k_index, top_k_weights)
-        return compute_experts(
-            self.cache, self.layer_index, hidden_states, top_k_index, top_k_weights, self.expert_mlp
-        )
+        return self.compute(hidden_states, top_k_index, top_k_weights)
 
     def _without_autocast(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -199,14 +279,16 @@ class StreamedExperts(nn.Module):
         return output.to(hidden_states.dtype)
 
 
-@torch.library.custom_op("expertflow::experts", mutates_args=("cache",))
+# It reads back from the device: no CUDA graph can hold it, so inductor cuts its graphs around it.
+@torch.library.custom_op(
+    "expertflow::experts", mutates_args=("cache",), tags=[torch.Tag.cudagraph_unsafe]
+)
 def _experts_op(
     cache: Tensor, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor, layer: int
 ) -> Tensor:
     """`compute_experts` as one node of a compiled graph."""
-    owner = ExpertCache.of_handle(cache)
-    expert_mlp = owner.layers[layer].expert_mlp
-    return compute_experts(owner, layer, hidden_states, expert_ids, expert_weights, expert_mlp)
+    layers = ExpertCache.of_handle(cache).layers
+    return layers[layer].compute(hidden_states, expert_ids, expert_weights)
 
 
 @_experts_op.register_fake

@@ -90,7 +90,7 @@ def generate(
         streamer: gets the tokens as they come, see transformers' TextStreamer.
         keep_logits: also return the logits of every new token.
     """
-    inputs = encode(tokenizer, prompt)
+    inputs = encode(tokenizer, prompt).to(model.device)
     prompt_tokens = inputs["input_ids"].shape[1]
     sampling: dict[str, Any] = {
         "do_sample": False,

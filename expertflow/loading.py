@@ -10,21 +10,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from ._core import CheckpointSource, RamPool
+from . import _core
+from ._core import CheckpointSource, ExpertSource, RamPool
+from .build_info import build_info
 from .cache import ExpertCache
-from .cache_size import CacheSize, check_cache_fits, size_cache
+from .cache_size import CacheSize, check_cache_fits, check_cuda_cache_fits, size_cache
 from .errors import CheckpointError
 from .experts import StreamedExperts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
 from .streamed_model import streamed_model_class
-from .unsupported import refuse_arguments
+from .unsupported import chosen_device, refuse_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,8 @@ def from_pretrained(
     policy: str = "decayed_frequency",
     cache_scope: str = "global",
     pool: str = "ram",
-    device: str | torch.device = "cpu",
+    device: str | int | torch.device = "cpu",
+    pin_memory: bool | None = None,
     dtype: str | torch.dtype | None = "auto",
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
@@ -60,7 +64,10 @@ def from_pretrained(
             "on_demand", which keeps none.
         cache_scope: "global", or "layer" for the same number of slots in every layer.
         pool: where the other experts wait: "ram", or "file" to read them from the checkpoint.
-        device: "cpu".
+        device: "cpu", or "cuda": the model and the expert cache are on the GPU, the pool is not.
+        pin_memory: on CUDA, page-lock the RAM pool, so that the GPU copies from it directly. None
+            does so and goes on without, slower and with a warning, where the system refuses; True
+            raises CudaError then; False never does.
         dtype: "auto" or None (the checkpoint's), float32, bfloat16 or float16; experts are
             converted while they are read.
         ram_limit: memory to assume to be available, instead of what system and cgroup say.
@@ -82,19 +89,46 @@ def from_pretrained(
     arguments = dict(transformers_kwargs)
     if "torch_dtype" in arguments:  # transformers' older name
         dtype = arguments.pop("torch_dtype") or dtype
-    refuse_arguments(device, arguments.pop("device_map", None), arguments)
+    device_map = arguments.pop("device_map", None)
+    refuse_arguments(device_map, arguments)
+    chosen = chosen_device(device, device_map)
     if pool not in _POOLS:
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
     model = open_model(path, dtype, arguments)
-    size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope)
+    on_cuda = chosen.type == "cuda"
+    size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
     check_cache_fits(size, available_memory(ram_limit), pool_is_fixed=False)
+    if on_cuda:
+        torch.cuda.empty_cache()
+        check_cuda_cache_fits(size, torch.cuda.mem_get_info(chosen)[0], chosen)
 
     streamed, loading_info = _load_without_experts(model, progress)
-    streamed.expert_cache = _open_cache(model, size, num_threads, progress)
-    _bind_experts(streamed, model)
-    streamed.sizes, streamed.ram_limit = model.sizes, ram_limit
+    streamed.to(chosen)
+    experts = _experts_modules(streamed, model)
+    try:
+        source = _open_source(model, size, chosen, pin_memory, num_threads, progress)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they would keep the pool alive
+        raise
+    streamed.expert_cache = ExpertCache(
+        source,
+        model.layout,
+        dict(model.skeleton.segment_shapes),
+        len(experts),
+        model.skeleton.num_experts,
+        model.skeleton.top_k,
+        num_slots=size.num_slots,
+        policy=size.policy,
+        scope=size.scope,
+        num_threads=num_threads,
+        device=chosen,
+        mlp_hidden=experts[0].mlp_hidden() if on_cuda else None,
+    )
+    for layer_index, module in enumerate(experts):
+        module.bind(streamed.expert_cache, layer_index)
+    streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
 
@@ -152,35 +186,49 @@ def _progress_bars(shown: bool) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _open_cache(
-    model: OpenedModel, size: CacheSize, num_threads: int | None, progress: bool
-) -> ExpertCache:
-    """Fill or open the pool and put the cache before it."""
-    layout, skeleton = model.layout, model.skeleton
-    extents = model.experts.extents(layout.segments)
-    source = CheckpointSource([str(file) for file in model.index.files], layout, extents)
-    return ExpertCache(
-        _filled_pool(model, source, num_threads, progress) if size.pool == "ram" else source,
-        layout,
-        dict(skeleton.segment_shapes),
-        len(skeleton.moe_layers),
-        skeleton.num_experts,
-        skeleton.top_k,
-        num_slots=size.num_slots,
-        policy=size.policy,
-        scope=size.scope,
-        num_threads=num_threads,
-    )
+def _experts_modules(streamed: Any, model: OpenedModel) -> list[StreamedExperts]:
+    """The experts modules of the MoE layers, in order."""
+    modules = dict(streamed.named_modules())
+    experts = [modules[name] for name in model.skeleton.moe_layers]
+    assert all(isinstance(module, StreamedExperts) for module in experts)
+    return experts
 
 
-def _filled_pool(
-    model: OpenedModel, source: CheckpointSource, num_threads: int | None, progress: bool
-) -> RamPool:
-    """Read all experts into RAM in parallel; an interrupt or an error frees the memory."""
+def _open_source(
+    model: OpenedModel,
+    size: CacheSize,
+    device: torch.device,
+    pin_memory: bool | None,
+    num_threads: int | None,
+    progress: bool,
+) -> ExpertSource:
+    """Open the checkpoint's files as a pool, or fill one in RAM from them."""
+    extents = model.experts.extents(model.layout.segments)
+    source = CheckpointSource([str(file) for file in model.index.files], model.layout, extents)
+    if size.pool == "file":
+        return source
+    num_experts, on_cuda = model.skeleton.num_experts_total, device.type == "cuda"
+    numa_node = build_info()["gpus"][device.index]["numa_node"] if on_cuda else None
+    pool = RamPool(model.layout, num_experts, -1 if numa_node is None else numa_node)
+    threads = num_threads or min(len(os.sched_getaffinity(0)), 16 if on_cuda else 8)
+    if not on_cuda or pin_memory is False:
+        _fill(pool.start_fill(source, threads), progress)
+        return pool
+    pinned = _core.PinnedPool(pool, device.index, is_required=bool(pin_memory))
+    _fill(pinned.start_fill(pool, source, threads), progress)
+    if pinned.failure is not None:
+        logger.warning(
+            "The expert pool could not be page-locked (%s). It is copied through a staging buffer "
+            "instead, which is slower; pin_memory=True makes this an error.",
+            pinned.failure,
+        )
+    return pinned
+
+
+def _fill(fill: _core.PoolFill, progress: bool) -> None:
+    """Read all experts into RAM in parallel; an interrupt or an error ends the threads."""
     from tqdm.auto import tqdm
 
-    pool = RamPool(model.layout, model.skeleton.num_experts_total)
-    fill = pool.start_fill(source, num_threads or min(len(os.sched_getaffinity(0)), 8))
     try:
         with tqdm(
             total=fill.bytes_total,
@@ -199,16 +247,5 @@ def _filled_pool(
         with contextlib.suppress(Exception):
             while not fill.wait(_POLL_SECONDS):
                 pass
-        # The traceback keeps this frame, and with it the pool, alive.
-        del fill, pool
+        del fill
         raise
-    return pool
-
-
-def _bind_experts(streamed: Any, model: OpenedModel) -> None:
-    """Tell every experts module its MoE layer."""
-    modules = dict(streamed.named_modules())
-    for layer_index, name in enumerate(model.skeleton.moe_layers):
-        experts = modules[name]
-        assert isinstance(experts, StreamedExperts), f"{name} is {type(experts).__name__}"
-        experts.bind(streamed.expert_cache, layer_index)

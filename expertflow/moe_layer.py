@@ -50,6 +50,11 @@ class MoELayer(nn.Module):
             )
         if not 0 <= layer < cache.num_layers:
             raise ValueError(f"layer {layer} is not one of the cache's {cache.num_layers} layers")
+        if cache.mlp_hidden is not None and activation is not functional.silu:
+            raise ValueError(
+                "the cache's mlp_hidden asks for kernels that compute SiLU gates: make the cache "
+                "without it for another activation"
+            )
         self.router = nn.Parameter(router_weight, requires_grad=False)
         self.cache = cache
         self.layer = layer

@@ -12,8 +12,16 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ._core import RamPool
-from .cache_size import CacheSize, ModelSizes, check_cache_fits, size_cache
+import torch
+
+from .cache import ExpertCache
+from .cache_size import (
+    CacheSize,
+    ModelSizes,
+    check_cache_fits,
+    check_cuda_cache_fits,
+    size_cache,
+)
 from .errors import UnsupportedModelError
 from .experts import StreamedExperts, streamed_class
 from .families import ModelSkeleton, transformers_lock
@@ -33,6 +41,7 @@ class StreamedModel:
     expert_checkpoint: str = ""  # where the experts are read from
     expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
     sizes: ModelSizes
+    pool: str  # "ram" or "file"
     ram_limit: str | float | int | None = None  # as given to from_pretrained
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -61,19 +70,38 @@ class StreamedModel:
         old = self.expert_cache
         policy = old.policy if policy is None else policy
         scope = old.scope if cache_scope is None else cache_scope
-        pool = "ram" if isinstance(old.source, RamPool) else "file"
-        size = size_cache(self.sizes, expert_cache, pool, policy, scope)
-        available = available_memory(self.ram_limit, held_bytes=self._held_bytes(pool))
+        on_cuda = old.device.type == "cuda"
+        size = size_cache(self.sizes, expert_cache, self.pool, policy, scope, on_cuda=on_cuda)
+        if on_cuda:
+            self._replace_cuda_cache(size)
+            return
+        available = available_memory(self.ram_limit, held_bytes=self._held_bytes())
         check_cache_fits(size, available, pool_is_fixed=True)
-        self.expert_cache = old.resized(size.num_slots, policy, scope)
+        self._bind(old.resized(size.num_slots, policy, scope))
+
+    def _replace_cuda_cache(self, size: CacheSize) -> None:
+        """Free the old cache first: there is seldom room for two."""
+        old = self.expert_cache
+        torch.cuda.empty_cache()
+        free_bytes = torch.cuda.mem_get_info(old.device)[0] + old.num_bytes
+        check_cuda_cache_fits(size, free_bytes + self.sizes.other_bytes, old.device)
+        old.close()
+        try:
+            self._bind(old.resized(size.num_slots, size.policy, size.scope))
+        except BaseException:
+            self._bind(old.resized(old.num_slots, old.policy, old.scope))
+            raise
+
+    def _bind(self, cache: ExpertCache) -> None:
+        self.expert_cache = cache
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedExperts):
-                module.bind(self.expert_cache, module.layer_index)
+                module.bind(cache, module.layer_index)
 
-    def _held_bytes(self, pool: str) -> int:
+    def _held_bytes(self) -> int:
         """Memory that the model takes now. A slot takes none before its first expert arrives."""
         old = self.expert_cache
-        size = CacheSize(self.sizes, old.num_slots, pool, old.policy, old.scope)
+        size = CacheSize(self.sizes, old.num_slots, self.pool, old.policy, old.scope)
         num_filled = sum(weights is not None for weights in old._slot_weights)
         filled_bytes = min(num_filled * self.sizes.slot_bytes, size.cache_bytes)
         return size.pool_bytes + filled_bytes + self.sizes.other_bytes

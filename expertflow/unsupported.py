@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .build_info import build_info
 from .errors import UnsupportedModelError
 
 GGUF_REFUSAL = (
@@ -41,34 +42,57 @@ _MXFP4_ADVICE = (
 )
 
 
-def refuse_arguments(device: Any, device_map: Any, arguments: Mapping[str, Any]) -> None:
+def refuse_arguments(device_map: Any, arguments: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError for an argument that cannot be honoured, naming it."""
     for name, reason in _REFUSED_ARGUMENTS.items():
         if arguments.get(name) not in (None, False, ""):
             raise UnsupportedModelError(f"{name}={arguments[name]!r}: {reason}")
     if arguments.get("use_safetensors") is False:
         raise UnsupportedModelError("use_safetensors=False: ExpertFlow reads safetensors only.")
-    _refuse_device(device, "device")
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise UnsupportedModelError(
-                f"device_map={dict(device_map)!r}: spreading or offloading a model is not "
-                'supported, because ExpertFlow places the experts itself. Use None or "cpu".'
-            )
-        device_map = device_map[""]
-    if device_map is not None:
-        _refuse_device(device_map, "device_map")
-
-
-def _refuse_device(device: Any, name: str) -> None:
-    kind, _, index = str(device).partition(":")
-    if kind == "cpu" and index in ("", "0"):
-        return
-    if isinstance(device, int) or kind == "cuda":
+    if isinstance(device_map, Mapping) and set(device_map) != {""}:
         raise UnsupportedModelError(
-            f'{name}={device!r}: ExpertFlow cannot run on CUDA yet. Use "cpu".'
+            f"device_map={dict(device_map)!r}: spreading or offloading a model is not "
+            'supported, because ExpertFlow places the experts itself. Use None, "cpu" or "cuda".'
         )
-    raise UnsupportedModelError(f'{name}={device!r} is not supported. Use "cpu".')
+
+
+def chosen_device(device: Any, device_map: Any) -> torch.device:
+    """The device that `device=` or transformers' `device_map=` names, with its number.
+
+    Raises UnsupportedModelError if nothing can be computed there.
+    """
+    if isinstance(device_map, Mapping):
+        device_map = device_map.get("")
+    name, value = ("device", device) if device_map is None else ("device_map", device_map)
+    try:
+        chosen = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f'{name}={value!r} is not supported. Use "cpu" or "cuda".'
+        ) from error
+    if chosen.type == "cpu" and not chosen.index:
+        return torch.device("cpu")
+    if chosen.type != "cuda":
+        raise UnsupportedModelError(f'{name}={value!r} is not supported. Use "cpu" or "cuda".')
+    if reason := _why_not_cuda():
+        raise UnsupportedModelError(f'{name}={value!r}: {reason}. Use "cpu".')
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise UnsupportedModelError(
+            f"{name}={value!r}: there are {torch.cuda.device_count()} CUDA devices."
+        )
+    return torch.device("cuda", index)
+
+
+def _why_not_cuda() -> str | None:
+    info = build_info()
+    if info["cuda_compiler"] is None:
+        return f"this ExpertFlow has no CUDA backend ({info['cuda_missing_reason']})"
+    if not info["gpus"]:
+        return f"no GPU can be used ({info['gpus_missing_reason']})"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} cannot use the GPU; install one built with CUDA"
+    return None
 
 
 def refuse_quantized(config: Mapping[str, Any], path: str) -> None:

@@ -1,5 +1,7 @@
 """Settings and shared models for all Python tests."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,10 @@ import tiny_models
 import torch
 
 import expertflow
+
+# Graphs that an earlier version of the ops was compiled into are no test of this one.
+_inductor_cache = tempfile.TemporaryDirectory()
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 # The models are tiny: more threads would only wait for each other on a busy machine.
 torch.set_num_threads(1)

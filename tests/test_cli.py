@@ -102,7 +102,7 @@ def test_prompt_is_read_from_stdin(
         (["info", "/no/such/model"], "/no/such/model"),
         ([*GENERATE, "--expert-cache", "lots"], "lots"),
         ([*GENERATE, "--expert-cache", "1"], "smallest legal cache"),
-        ([*GENERATE, "--device", "cuda"], "cuda"),
+        ([*GENERATE, "--device", "cuda:99"], "cuda:99"),
         ([*GENERATE, "--dtype", "float8"], "float8"),
         ([*GENERATE, "--ram-limit", "1MiB"], "available"),
         ([*GENERATE[:3], "", "--max-new-tokens", "3"], "prompt is empty"),

@@ -12,7 +12,7 @@ from pathlib import Path
 LAYERS = {
     "core": set(),
     "host": {"core"},
-    "cuda": {"core"},
+    "cuda": {"core", "host"},
     "ops": {"core", "host", "cuda"},
     "python": {"core", "host", "cuda"},
 }
@@ -24,9 +24,15 @@ LIBRARIES = {
     "python": {"pybind11"},
 }
 PLAIN_HEADERS = {
-    "host": {"fcntl.h", "unistd.h"},
-    "cuda": {"cuda_runtime_api.h", "cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"},
-    "ops": {"dlfcn.h"},
+    "host": {"fcntl.h", "pthread.h", "unistd.h"},
+    "cuda": {
+        "cuda_runtime_api.h",
+        "cuda_runtime.h",
+        "cuda_bf16.h",
+        "cuda_fp16.h",
+        "cuda_pipeline_primitives.h",
+    },
+    "ops": {"dlfcn.h", "cuda_runtime_api.h"},
 }
 STANDARD_HEADER = re.compile(r"[a-z_]+")  # <vector>; not <unistd.h>, not <cuda_runtime.h>
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')

@@ -4,36 +4,43 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/eviction/lru.h"
-#include "core/eviction/two_level_lru.h"
-
 namespace expertflow {
 
-Planner::Planner(SlotTable& table, const PlannerConfig& config)
-    : table_(table.view()), config_(config), log2_table_(DecayedFrequency::MakeLog2Table()) {
-  if (config.top_k <= 0 || config.top_k > table_.num_experts) {
+PlanningView MakePlanningView(const PlannerConfig& config, const SlotTableView& table,
+                              const int32_t* log2_table, LayerStatistics* statistics) {
+  if (config.top_k <= 0 || config.top_k > table.num_experts) {
     throw std::invalid_argument("top_k is " + std::to_string(config.top_k) + ", but a layer has " +
-                                std::to_string(table_.num_experts) + " experts");
+                                std::to_string(table.num_experts) + " experts");
   }
-  const int64_t min_slots = MinSlots(table_.num_layers, config.top_k, config.scope);
-  if (table_.num_slots < min_slots) {
-    throw std::invalid_argument("the expert cache holds " + std::to_string(table_.num_slots) +
+  const int64_t min_slots = Planner::MinSlots(table.num_layers, config.top_k, config.scope);
+  if (table.num_slots < min_slots) {
+    throw std::invalid_argument("the expert cache holds " + std::to_string(table.num_slots) +
                                 " experts, but needs at least " + std::to_string(min_slots));
   }
   if (!(config.decay_per_token > 0.0 && config.decay_per_token <= 1.0)) {
     throw std::invalid_argument("decay must be in (0, 1], not " +
                                 std::to_string(config.decay_per_token));
   }
-  params_ = {
-      table_.num_layers,
-      DecayedFrequency::DecayPerTickQ24(config.decay_per_token, table_.num_layers),
-      log2_table_.data(),
-  };
+  return {.table = table,
+          .eviction = {table.num_layers,
+                       DecayedFrequency::DecayPerTickQ24(config.decay_per_token, table.num_layers),
+                       log2_table},
+          .statistics = statistics,
+          .policy = config.policy,
+          .scope = config.scope,
+          .expert_bytes = static_cast<int64_t>(config.expert_bytes)};
+}
+
+Planner::Planner(SlotTable& table, const PlannerConfig& config)
+    : config_(config),
+      table_(table.view()),
+      log2_table_(DecayedFrequency::MakeLog2Table()),
+      statistics_(static_cast<size_t>(table_.num_layers)),
+      planning_(MakePlanningView(config, table_, log2_table_.data(), statistics_.data())) {
   const auto num_experts = static_cast<size_t>(table_.num_experts);
   rows_.resize(num_experts);
   distinct_.reserve(num_experts);
   seen_by_.assign(num_experts, 0);
-  statistics_.resize(static_cast<size_t>(table_.num_layers));
   candidates_.reserve(static_cast<size_t>(table_.num_slots) + 1);
 }
 
@@ -41,14 +48,8 @@ int64_t Planner::MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope) {
   return scope == CacheScope::kLayer ? int64_t{num_layers} * top_k : top_k;
 }
 
-Planner::SlotRange Planner::RangeOf(int32_t layer) const {
-  if (config_.scope == CacheScope::kGlobal) return {0, table_.num_slots};
-  const int32_t quota = table_.num_slots / table_.num_layers;
-  return {layer * quota, (layer + 1) * quota};
-}
-
 int32_t Planner::staging_slots(int32_t layer) const {
-  const SlotRange range = RangeOf(layer);
+  const SlotRange range = RangeOf(planning_, layer);
   return std::max(config_.top_k, (range.end - range.begin) / 8);
 }
 
@@ -110,26 +111,16 @@ int32_t Planner::AppendRows(int32_t layer, RowState state) {
   const size_t first = row;
   for (const int32_t expert : distinct_) {
     const SlotId slot = table_.expert_slot[Index(ToIndex(table_, {layer, expert}))];
-    const RowState found = slot == SlotId::kNone                      ? RowState::kMiss
-                           : InFlight(table_.slot_state[Index(slot)]) ? RowState::kLoading
-                                                                      : RowState::kHit;
-    if (found == state) rows_[row++] = {expert, slot, state, 0, kNoRow};
+    if (StateOfRow(table_, slot) == state) rows_[row++] = {expert, slot, state, 0, kNoRow};
   }
   return static_cast<int32_t>(row - first);
 }
 
 int32_t Planner::SelectVictims(int32_t layer, int32_t count, Tick now, bool spare_predicted) {
-  const SlotRange range = RangeOf(layer);
-  switch (config_.policy) {
-    case PolicyKind::kLru:
-    case PolicyKind::kOnDemand:
-      return Scan<Lru>(range, count, now, spare_predicted);
-    case PolicyKind::kDecayedFrequency:
-      return Scan<DecayedFrequency>(range, count, now, spare_predicted);
-    case PolicyKind::kTwoLevelLru:
-      return Scan<TwoLevelLru>(range, count, now, spare_predicted);
-  }
-  return 0;
+  const SlotRange range = RangeOf(planning_, layer);
+  return WithPolicy(config_.policy, [&]<class Policy>(Policy) {
+    return Scan<Policy>(range, count, now, spare_predicted);
+  });
 }
 
 int32_t Planner::LimitToStaging(int32_t layer) const {
@@ -147,9 +138,8 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predi
   int64_t worst = std::numeric_limits<int64_t>::max();
   for (int32_t s = range.begin; s < range.end; ++s) {
     if (table_.slot_key[s] >= worst) continue;  // most slots: a rank is never below its key
-    if (InFlight(table_.slot_state[s]) || table_.slot_needed[s] == now) continue;
-    if (spare_predicted && table_.slot_predicted[s] >= now) continue;
-    const int64_t rank = Policy::Rank(params_, table_, s, now);
+    if (!MayTake(table_, s, now, spare_predicted)) continue;
+    const int64_t rank = Policy::Rank(planning_.eviction, table_, s, now);
     if (rank >= worst) continue;
     if (count > kInsertionLimit) {
       candidates_.push_back({rank, s});
@@ -169,20 +159,10 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predi
   return static_cast<int32_t>(candidates_.size());
 }
 
-int64_t Planner::KeyOnUse(ExpertIndex expert, Tick now) const {
-  const int64_t key = table_.expert_key[Index(expert)];
-  return config_.policy == PolicyKind::kDecayedFrequency
-             ? DecayedFrequency::KeyOnUse(params_, key, now)
-             : Lru::KeyOnUse(params_, key, now);
-}
-
 void Planner::RecordUse(SlotId slot) {
-  const int32_t s = Index(slot);
-  table_.slot_needed[s] = plan_.tick;
-  table_.slot_unused[s] = 0;
-  if (plan_.streaming) return;
-  const ExpertIndex expert = table_.slot_expert[s];
-  table_.slot_key[s] = table_.expert_key[Index(expert)] = KeyOnUse(expert, plan_.tick);
+  const ExpertIndex expert = table_.slot_expert[Index(slot)];
+  const int64_t key = table_.expert_key[Index(expert)];
+  expertflow::RecordUse(planning_, slot, expert, key, plan_.tick, plan_.streaming);
 }
 
 void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
@@ -206,10 +186,9 @@ void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
 }
 
 void Planner::AssignRow(PlanRow& row) {
-  Evict(row.slot);
-  Assign(table_, row.slot, ToIndex(table_, {plan_.layer, row.expert}));
-  table_.slot_key[Index(row.slot)] = kStreamedKey;
-  RecordUse(row.slot);
+  const ExpertIndex expert = ToIndex(table_, {plan_.layer, row.expert});
+  const int64_t key = table_.expert_key[Index(expert)];
+  PlaceMiss(planning_, row.slot, expert, key, plan_.tick, plan_.streaming, AddPlainly());
 }
 
 int32_t Planner::Advance(int32_t row) {
@@ -237,9 +216,8 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   if (SelectVictims(expert.layer, 1, now, /*spare_predicted=*/true) == 0) return SlotId::kNone;
   const auto slot = static_cast<SlotId>(candidates_.front().slot);
   const int32_t s = Index(slot);
-  Evict(slot);
-  Assign(table_, slot, index);
-  table_.slot_key[s] = KeyOnUse(index, now);
+  Replace(planning_, slot, index, AddPlainly());
+  table_.slot_key[s] = KeyOnUse(planning_, table_.expert_key[Index(index)], now);
   table_.slot_predicted[s] = needed_at;
   table_.slot_unused[s] = 1;
   return slot;
@@ -248,16 +226,6 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
 bool Planner::IsInPlan(ExpertId expert) const {
   return expert.layer == plan_.layer &&
          seen_by_[static_cast<size_t>(expert.expert)] == collections_;
-}
-
-void Planner::Evict(SlotId slot) {
-  const int32_t s = Index(slot);
-  if (table_.slot_expert[s] == ExpertIndex::kNone) return;
-  LayerStatistics& of_victim = statistics(ToId(table_, table_.slot_expert[s]).layer);
-  ++of_victim.evictions;
-  if (table_.slot_unused[s]) {
-    of_victim.wasted_prefetch_bytes += static_cast<int64_t>(config_.expert_bytes);
-  }
 }
 
 void Planner::Submit(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::kSubmitted; }
@@ -273,9 +241,7 @@ void Planner::Drop(SlotId slot) {
 
 void Planner::DropResidents() {
   for (int32_t s = 0; s < table_.num_slots; ++s) {
-    if (table_.slot_state[s] != SlotState::kReady) continue;
-    Evict(static_cast<SlotId>(s));
-    Unassign(table_, static_cast<SlotId>(s));
+    DropIfReady(planning_, static_cast<SlotId>(s), AddPlainly());
   }
 }
 

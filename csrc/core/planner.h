@@ -9,6 +9,7 @@
 #include "core/eviction/decayed_frequency.h"
 #include "core/eviction/policy.h"
 #include "core/plan.h"
+#include "core/planning.h"
 #include "core/slot_table.h"
 #include "core/statistics.h"
 
@@ -22,16 +23,19 @@ struct PlannerConfig {
   double decay_per_token = 0.98;  // of use frequencies, in (0, 1]
 };
 
-// Above this many tokens a plan is a prompt's, not a decode step's: it leaves the policy's keys
-// alone and evicts little.
-constexpr int32_t kMaxDecodeTokens = 16;
+// The view of a table whose arrays, like the logarithms (DecayedFrequency::MakeLog2Table) and the
+// statistics [num_layers], lie where the planning happens: in host or device memory. Throws
+// std::invalid_argument if the table has fewer slots than Planner::MinSlots, or top-k or the decay
+// are out of range.
+PlanningView MakePlanningView(const PlannerConfig& config, const SlotTableView& table,
+                              const int32_t* log2_table, LayerStatistics* statistics);
 
 // Decides, for one layer at a time, which experts are resident and which slot each missing one
 // takes. Changes the table and nothing else; allocates nothing after construction. Not thread-safe.
+// What it does to a slot or a row is in core/planning.h.
 class Planner {
  public:
-  // Throws std::invalid_argument if the table has fewer slots than MinSlots, or the decay is out of
-  // range.
+  // Throws as MakePlanningView does.
   Planner(SlotTable& table, const PlannerConfig& config);
 
   Planner(const Planner&) = delete;
@@ -70,6 +74,7 @@ class Planner {
   // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the
   // layer of the evicted expert); bytes and times by whoever moves the experts.
   LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
+  std::vector<LayerStatistics>& statistics() { return statistics_; }
   const std::vector<LayerStatistics>& statistics() const { return statistics_; }
   void ResetStatistics() { std::ranges::fill(statistics_, LayerStatistics{}); }
 
@@ -77,17 +82,6 @@ class Planner {
   int32_t staging_slots(int32_t layer) const;
 
  private:
-  struct Candidate {
-    int64_t rank;
-    int32_t slot;
-    friend auto operator<=>(const Candidate&, const Candidate&) = default;
-  };
-  struct SlotRange {
-    int32_t begin;
-    int32_t end;
-  };
-
-  SlotRange RangeOf(int32_t layer) const;
   void CollectDistinct(int32_t layer, std::span<const int64_t> expert_ids);
   int32_t AppendRows(int32_t layer, RowState state);
   // Fills `candidates_` with the `count` slots of the layer to take first, in order, and returns
@@ -99,26 +93,24 @@ class Planner {
   int32_t LimitToStaging(int32_t layer) const;
   template <class Policy>
   int32_t Scan(SlotRange range, int32_t count, Tick now, bool spare_predicted);
-  int64_t KeyOnUse(ExpertIndex expert, Tick now) const;
   void RecordUse(SlotId slot);
   void PlaceMisses(int32_t first_miss, int32_t num_taken);
   void AssignRow(PlanRow& row);
   bool IsInPlan(ExpertId expert) const;
-  void Evict(SlotId slot);
   void DropResidents();
 
-  SlotTableView table_;
   PlannerConfig config_;
+  SlotTableView table_;
   DecayedFrequency::Log2Table log2_table_;
-  EvictionParams params_;
+  std::vector<LayerStatistics> statistics_;  // [num_layers]
+  PlanningView planning_;
   Plan plan_;
   std::vector<PlanRow> rows_;      // [num_experts], the plan's rows
   std::vector<int32_t> distinct_;  // [num_experts] the layer's experts in order of first appearance
   std::vector<int64_t>
       seen_by_;  // [num_experts] the `collections_` count when the expert was last seen
   int64_t collections_ = 1;
-  std::vector<Candidate> candidates_;        // [num_slots]
-  std::vector<LayerStatistics> statistics_;  // [num_layers]
+  std::vector<Candidate> candidates_;  // [num_slots]
 };
 
 }  // namespace expertflow

@@ -52,7 +52,7 @@ std::optional<Chunk> TransferQueue::Next() {
   const SlotId slot = queued_.front();
   Transfer& next = transfer(slot);
   const size_t num_bytes = std::min(chunk_bytes_, next.num_bytes - next.next_offset);
-  const Chunk chunk{slot, next.expert, next.next_offset, num_bytes};
+  const Chunk chunk{slot, next.expert, next.next_offset, num_bytes, next.transfer_class};
   next.next_offset += num_bytes;
   ++next.chunks_out;
   ++chunks_in_flight_;

@@ -17,6 +17,7 @@ struct Chunk {
   ExpertIndex expert;
   size_t offset_bytes;
   size_t num_bytes;
+  TransferClass transfer_class;  // when it was handed out
 };
 
 // How a transfer stands once a chunk of it has ended.
@@ -49,6 +50,8 @@ class TransferQueue {
   // kDropped for the last, whether they fail or not.
   bool Cancel(SlotId slot);
 
+  // Nothing is queued and nothing is out.
+  bool empty() const { return queued_.empty() && chunks_in_flight_ == 0; }
   bool HasNext() const { return !queued_.empty() && chunks_in_flight_ < max_chunks_in_flight_; }
   bool NextIsDemand() const { return HasNext() && !IsPrefetch(queued_.front()); }
 

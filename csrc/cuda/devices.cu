@@ -21,10 +21,15 @@ GpuList ListGpus() {
   for (int device = 0; device < num_gpus; ++device) {
     cudaDeviceProp properties;
     EXPERTFLOW_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    int numa_node = -1;
+#if CUDART_VERSION >= 12090
+    EXPERTFLOW_CUDA_CHECK(cudaDeviceGetAttribute(&numa_node, cudaDevAttrHostNumaId, device));
+#endif
     list.gpus.push_back({.name = properties.name,
                          .compute_capability_major = properties.major,
                          .compute_capability_minor = properties.minor,
-                         .total_memory_bytes = properties.totalGlobalMem});
+                         .total_memory_bytes = properties.totalGlobalMem,
+                         .numa_node = numa_node});
   }
   return list;
 }

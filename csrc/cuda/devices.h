@@ -11,6 +11,7 @@ struct GpuInfo {
   int compute_capability_major;
   int compute_capability_minor;
   size_t total_memory_bytes;
+  int numa_node;  // of the host, where memory is nearest; -1 if not known
 };
 
 struct GpuList {

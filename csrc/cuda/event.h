@@ -9,14 +9,17 @@
 
 namespace expertflow {
 
-// A point in a stream's work, on the device that is current when it is made. Keeps no time: such
-// events are cheaper to record and to wait for. Streams are raw handles here, because the caller's
-// stream may be torch's.
+// A point in a stream's work, on the device that is current when it is made. Keeps no time unless
+// asked to: such events are cheaper to record and to wait for. Streams are raw handles here,
+// because the caller's stream may be torch's.
 class CudaEvent {
  public:
-  CudaEvent() {
+  enum class Timing { kOff, kOn };
+
+  explicit CudaEvent(Timing timing = Timing::kOff) {
     cudaEvent_t event;
-    EXPERTFLOW_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    const unsigned flags = timing == Timing::kOn ? cudaEventDefault : cudaEventDisableTiming;
+    EXPERTFLOW_CUDA_CHECK(cudaEventCreateWithFlags(&event, flags));
     event_.reset(event);
   }
 
@@ -40,6 +43,13 @@ class CudaEvent {
     }
     CheckCuda(code, "cudaEventQuery", __FILE__, __LINE__);
     return true;
+  }
+
+  // Microseconds since an earlier event; both must have happened and keep time.
+  double ElapsedUs(const CudaEvent& since) const {
+    float elapsed_ms = 0.0F;
+    EXPERTFLOW_CUDA_CHECK(cudaEventElapsedTime(&elapsed_ms, since.get(), get()));
+    return static_cast<double>(elapsed_ms) * 1000.0;
   }
 
   // Blocks the host until it has happened.

@@ -8,10 +8,15 @@
 namespace expertflow {
 namespace {
 
+struct Entry {
+  Backend backend;
+  std::weak_ptr<void> cache;
+};
+
 struct Registry {
   std::mutex mutex;
   int64_t next_id = 1;
-  std::unordered_map<int64_t, std::weak_ptr<ExpertCache>> caches;
+  std::unordered_map<int64_t, Entry> caches;
 };
 
 Registry& TheRegistry() {
@@ -21,24 +26,24 @@ Registry& TheRegistry() {
 
 }  // namespace
 
-int64_t RegisterCache(std::weak_ptr<ExpertCache> cache) {
+int64_t RegisterCache(Backend backend, std::weak_ptr<void> cache) {
   Registry& registry = TheRegistry();
   const std::scoped_lock lock(registry.mutex);
-  registry.caches.emplace(registry.next_id, std::move(cache));
+  registry.caches.emplace(registry.next_id, Entry{backend, std::move(cache)});
   return registry.next_id++;
 }
 
-std::shared_ptr<ExpertCache> FindCache(int64_t id) {
+FoundCache FindCache(int64_t id) {
   Registry& registry = TheRegistry();
   const std::scoped_lock lock(registry.mutex);
   const auto found = registry.caches.find(id);
-  std::shared_ptr<ExpertCache> cache;
-  if (found != registry.caches.end()) cache = found->second.lock();
-  if (!cache) {
+  FoundCache result{};
+  if (found != registry.caches.end()) result = {found->second.backend, found->second.cache.lock()};
+  if (!result.cache) {
     throw std::invalid_argument("there is no expert cache " + std::to_string(id) +
                                 ": it was closed, or the handle tensor is not one");
   }
-  return cache;
+  return result;
 }
 
 void UnregisterCache(int64_t id) {

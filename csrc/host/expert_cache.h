@@ -12,26 +12,13 @@
 #include <vector>
 
 #include "core/bandwidth_estimator.h"
-#include "core/errors.h"
+#include "core/cache_control.h"
 #include "core/expert_layout.h"
 #include "core/expert_source.h"
-#include "core/planner.h"
-#include "core/slot_table.h"
-#include "core/statistics.h"
-#include "core/transfer_queue.h"
 #include "host/mapped_memory.h"
 #include "host/ram_pool.h"
 
 namespace expertflow {
-
-struct ExpertCacheOptions {
-  int32_t num_layers;
-  int32_t num_experts;  // per layer
-  int32_t num_slots;
-  PlannerConfig planner;
-  size_t chunk_bytes = size_t{1} << 20;
-  int32_t num_threads = 2;  // that copy
-};
 
 // The expert cache of the CPU backend: slots in RAM, filled from a source by worker threads.
 //
@@ -77,7 +64,7 @@ class ExpertCache {
     return slots_ + static_cast<size_t>(Index(slot)) * slot_stride_bytes_;
   }
   size_t slot_bytes() const { return slot_bytes_; }
-  int32_t num_slots() const { return table_.view().num_slots; }
+  int32_t num_slots() const { return control_.table().num_slots; }
 
   std::vector<LayerStatistics> statistics() const;  // [num_layers]
   void ResetStatistics();
@@ -93,17 +80,11 @@ class ExpertCache {
     std::vector<std::thread> workers;
   };
 
-  void AliasPool(const RamPool& pool);
-  void CheckProcess() const;
-  const PlanRow& RowAt(int32_t row) const;
   void StopWorkers();
   void WorkerLoop();
   // Copies the next chunk with the lock released meanwhile. False if there is none.
   bool CopyOneChunk(Lock& lock);
-  void FinishChunk(const Chunk& chunk, bool is_prefetch, const std::optional<std::string>& error);
-  void PostRow(const PlanRow& row);
   void CancelAll(Lock& lock);
-  void DropTransfer(SlotId slot, int32_t layer);
 
   std::shared_ptr<const ExpertSource> source_;
   size_t slot_bytes_;
@@ -113,13 +94,8 @@ class ExpertCache {
   int fork_generation_;  // of the process that owns the workers
 
   mutable std::mutex mutex_;  // guards everything below
-  SlotTable table_;
-  Planner planner_;
-  TransferQueue queue_;
+  CacheControl control_;
   BandwidthEstimator bandwidth_;
-  std::vector<std::optional<std::string>> failures_;  // [num_slots] of the slot's last transfer
-  const Plan* plan_ = nullptr;
-  Tick now_ = 0;  // of the last plan
   bool stopping_ = false;
 
   std::unique_ptr<Crew> crew_ = std::make_unique<Crew>();

@@ -1,7 +1,10 @@
 #include "host/mapped_memory.h"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <cstdint>
 #include <new>
 #include <utility>
 
@@ -22,6 +25,14 @@ MappedMemory& MappedMemory::operator=(MappedMemory&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(num_bytes_, other.num_bytes_);
   return *this;
+}
+
+void MappedMemory::PreferNode(int node) const {
+  constexpr int kPreferred = 1;  // MPOL_PREFERRED of <linux/mempolicy.h>; there is no libc call
+  constexpr int kMaxNodes = 64;
+  if (node < 0 || node >= kMaxNodes || data_ == nullptr) return;
+  const uint64_t nodes = uint64_t{1} << node;
+  syscall(SYS_mbind, data_, num_bytes_, kPreferred, &nodes, kMaxNodes + 1, 0);
 }
 
 MappedMemory::~MappedMemory() {

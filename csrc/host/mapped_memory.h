@@ -15,6 +15,10 @@ class MappedMemory {
   MappedMemory& operator=(MappedMemory&& other) noexcept;
   ~MappedMemory();
 
+  // Pages that are not touched yet come from NUMA node `node` while it has any. A hint: nothing
+  // happens if the system has no such node, or `node` is negative.
+  void PreferNode(int node) const;
+
   std::byte* data() const { return data_; }
   size_t num_bytes() const { return num_bytes_; }
 

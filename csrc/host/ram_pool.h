@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -18,8 +19,9 @@ namespace expertflow {
 // All experts of a model in RAM, one after the other, each in slot layout and page-aligned.
 class RamPool : public ExpertSource {
  public:
-  // Reserves the memory; it is taken while the pool is filled. Throws std::bad_alloc.
-  RamPool(const ExpertLayout& layout, size_t num_experts);
+  // Reserves the memory, on NUMA node `numa_node` unless that is negative; it is taken while the
+  // pool is filled. Throws std::bad_alloc.
+  RamPool(const ExpertLayout& layout, size_t num_experts, int numa_node = -1);
 
   void Read(ExpertIndex expert, size_t offset_bytes, std::span<std::byte> to) const override;
 
@@ -42,10 +44,14 @@ class RamPool : public ExpertSource {
 // construction to Join.
 class PoolFill {
  public:
-  // Throws std::invalid_argument if the source holds other experts than the pool, or for no
-  // threads.
+  // What to do with experts `first` to `last`, exclusive, once they are read, e.g. pin them.
+  using OnBlockFilled = std::function<void(size_t first, size_t last)>;
+
+  // `on_block_filled` is called by the reading threads, for blocks of about kBlockBytes; what it
+  // throws ends the fill. Throws std::invalid_argument if the source holds other experts than the
+  // pool, or for no threads.
   PoolFill(std::shared_ptr<RamPool> pool, std::shared_ptr<const ExpertSource> source,
-           int32_t num_threads);
+           int32_t num_threads, OnBlockFilled on_block_filled = {});
   // Cancels and waits.
   ~PoolFill();
 
@@ -61,11 +67,17 @@ class PoolFill {
   void Join();
 
  private:
+  static constexpr size_t kBlockBytes = size_t{1} << 28;
+
   void Run();
+  void NoteFilled(size_t expert);
   void JoinThreads();
 
   std::shared_ptr<RamPool> pool_;
   std::shared_ptr<const ExpertSource> source_;
+  OnBlockFilled on_block_filled_;
+  size_t block_experts_;
+  std::vector<std::atomic<size_t>> num_filled_;  // experts, of each block
   std::atomic<size_t> next_expert_{0};
   std::atomic<size_t> bytes_done_{0};
   std::atomic<bool> stop_{false};

@@ -34,6 +34,7 @@ void AddGpus(py::dict& info) {
     entry["compute_capability"] =
         py::make_tuple(gpu.compute_capability_major, gpu.compute_capability_minor);
     entry["total_memory_bytes"] = gpu.total_memory_bytes;
+    entry["numa_node"] = gpu.numa_node < 0 ? py::object(py::none()) : py::cast(gpu.numa_node);
     gpus.append(entry);
   }
   info["gpus_missing_reason"] = NoneIfEmpty(list.missing_reason);

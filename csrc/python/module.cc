@@ -16,11 +16,12 @@
 #include "core/errors.h"
 #include "core/expert_layout.h"
 #include "core/planner.h"
-#include "host/cache_registry.h"
 #include "host/checkpoint_source.h"
 #include "host/expert_cache.h"
 #include "host/ram_pool.h"
 #include "python/build_info.h"
+#include "python/cuda_module.h"
+#include "python/registered_cache.h"
 #include "python/simulator_module.h"
 
 namespace py = pybind11;
@@ -68,52 +69,10 @@ std::shared_ptr<CheckpointSource> MakeSource(std::vector<std::string> files,
                                             static_cast<size_t>(array.shape(1)));
 }
 
-// A cache and its entry in the registry.
-class RegisteredCache {
- public:
-  RegisteredCache(std::shared_ptr<const ExpertSource> source, const ExpertLayout& layout,
-                  const ExpertCacheOptions& options)
-      : cache_(std::make_shared<ExpertCache>(std::move(source), layout, options)),
-        handle_(RegisterCache(cache_)) {}
-  ~RegisteredCache() {
-    UnregisterCache(handle_);
-    const py::gil_scoped_release unlocked;
-    cache_.reset();
-  }
-  RegisteredCache(const RegisteredCache&) = delete;
-  RegisteredCache& operator=(const RegisteredCache&) = delete;
-
-  ExpertCache& cache() { return *cache_; }
-  int64_t handle() const { return handle_; }
-
- private:
-  std::shared_ptr<ExpertCache> cache_;
-  int64_t handle_;
-};
-
-py::dict ToDict(const LayerStatistics& s) {
-  using py::literals::operator""_a;
-  return py::dict("hits"_a = s.hits, "late_hits"_a = s.late_hits, "misses"_a = s.misses,
-                  "demand_bytes"_a = s.demand_bytes, "prefetch_bytes"_a = s.prefetch_bytes,
-                  "wasted_prefetch_bytes"_a = s.wasted_prefetch_bytes, "stall_us"_a = s.stall_us,
-                  "evictions"_a = s.evictions);
-}
-
-// Totals, with the layers' own figures under "layers".
-py::dict Statistics(RegisteredCache& cache) {
-  LayerStatistics total;
-  py::list layers;
-  for (const LayerStatistics& layer : cache.cache().statistics()) {
-    total += layer;
-    layers.append(ToDict(layer));
-  }
-  py::dict result = ToDict(total);
-  result["layers"] = layers;
-  return result;
-}
+using RegisteredHostCache = RegisteredCache<ExpertCache, Backend::kHost>;
 
 // The memory of one slot as a uint8 array, without a copy; it keeps the cache alive.
-py::array_t<uint8_t> SlotMemory(std::shared_ptr<RegisteredCache> cache, int32_t slot) {
+py::array_t<uint8_t> SlotMemory(std::shared_ptr<RegisteredHostCache> cache, int32_t slot) {
   if (slot < 0 || slot >= cache->cache().num_slots()) throw py::index_error("no such slot");
   const auto* data = reinterpret_cast<const uint8_t*>(cache->cache().slot_data(SlotId{slot}));
   const auto num_bytes = static_cast<py::ssize_t>(cache->cache().slot_bytes());
@@ -138,23 +97,17 @@ void TranslateSystemError(std::exception_ptr error) {
   }
 }
 
-std::shared_ptr<RegisteredCache> MakeCache(std::shared_ptr<ExpertSource> source,
-                                           const ExpertLayout& layout, int32_t num_layers,
-                                           int32_t num_experts, int32_t top_k, int32_t num_slots,
-                                           const std::string& policy, const std::string& scope,
-                                           double decay, size_t chunk_bytes, int32_t num_threads) {
-  const PlannerConfig planner{.top_k = top_k,
-                              .expert_bytes = layout.slot_bytes(),
-                              .policy = ParsePolicy(policy),
-                              .scope = ParseScope(scope),
-                              .decay_per_token = decay};
-  const ExpertCacheOptions options{.num_layers = num_layers,
-                                   .num_experts = num_experts,
-                                   .num_slots = num_slots,
-                                   .planner = planner,
-                                   .chunk_bytes = chunk_bytes,
-                                   .num_threads = num_threads};
-  return std::make_shared<RegisteredCache>(std::move(source), layout, options);
+std::shared_ptr<RegisteredHostCache> MakeCache(std::shared_ptr<ExpertSource> source,
+                                               const ExpertLayout& layout, int32_t num_layers,
+                                               int32_t num_experts, int32_t top_k,
+                                               int32_t num_slots, const std::string& policy,
+                                               const std::string& scope, double decay,
+                                               size_t chunk_bytes, int32_t num_threads) {
+  const ExpertCacheOptions options =
+      MakeCacheOptions(layout, num_layers, num_experts, top_k, num_slots, policy, scope, decay,
+                       chunk_bytes, num_threads);
+  return std::make_shared<RegisteredHostCache>(
+      std::make_shared<ExpertCache>(std::move(source), layout, options));
 }
 
 void DefineSources(py::module_& m) {
@@ -168,7 +121,8 @@ void DefineSources(py::module_& m) {
                                                                                 "CheckpointSource")
       .def(py::init(&MakeSource), py::arg("files"), py::arg("layout"), py::arg("extents"));
   py::class_<RamPool, ExpertSource, std::shared_ptr<RamPool>>(m, "RamPool")
-      .def(py::init<const ExpertLayout&, size_t>(), py::arg("layout"), py::arg("num_experts"))
+      .def(py::init<const ExpertLayout&, size_t, int>(), py::arg("layout"), py::arg("num_experts"),
+           py::arg("numa_node") = -1)
       .def_property_readonly("num_bytes", &RamPool::num_bytes)
       .def("expert_memory", &PoolMemory, py::arg("expert"))
       .def(
@@ -195,18 +149,14 @@ void DefineSources(py::module_& m) {
 }
 
 void DefineCache(py::module_& m) {
-  py::class_<RegisteredCache, std::shared_ptr<RegisteredCache>>(m, "ExpertCache")
-      .def(py::init(&MakeCache), py::arg("source"), py::arg("layout"), py::arg("num_layers"),
-           py::arg("num_experts"), py::arg("top_k"), py::arg("num_slots"), py::arg("policy"),
-           py::arg("scope"), py::arg("decay"), py::arg("chunk_bytes"), py::arg("num_threads"))
-      .def_property_readonly("handle", &RegisteredCache::handle)
-      .def_property_readonly("num_slots", [](RegisteredCache& c) { return c.cache().num_slots(); })
-      .def_property_readonly(
-          "bandwidth_bytes_per_second",
-          [](RegisteredCache& c) { return c.cache().bandwidth_bytes_per_second(); })
-      .def("slot_memory", &SlotMemory, py::arg("slot"))
-      .def("statistics", &Statistics)
-      .def("reset_statistics", [](RegisteredCache& c) { c.cache().ResetStatistics(); });
+  py::class_<RegisteredHostCache, std::shared_ptr<RegisteredHostCache>> cache_class(m,
+                                                                                    "ExpertCache");
+  cache_class.def(py::init(&MakeCache), py::arg("source"), py::arg("layout"), py::arg("num_layers"),
+                  py::arg("num_experts"), py::arg("top_k"), py::arg("num_slots"), py::arg("policy"),
+                  py::arg("scope"), py::arg("decay"), py::arg("chunk_bytes"),
+                  py::arg("num_threads"));
+  cache_class.def("slot_memory", &SlotMemory, py::arg("slot"));
+  DefineCacheProperties(cache_class);
   m.def("min_slots", [](int32_t num_layers, int32_t top_k, const std::string& scope) {
     return Planner::MinSlots(num_layers, top_k, ParseScope(scope));
   });
@@ -221,6 +171,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_info", &BuildInfo);
   DefineSources(m);
   DefineCache(m);
+  DefineCuda(m);
   DefineSimulator(m);
 }
 

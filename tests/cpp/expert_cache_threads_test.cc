@@ -147,8 +147,9 @@ TEST(AliasedCacheTest, OnDemandCopiesAlsoIfAllWouldFit) {
 TEST(CacheRegistryTest, AHandleFindsItsCacheUntilThatIsClosed) {
   const auto source = std::make_shared<ScriptedSource>(kTotalExperts, kExpertBytes);
   auto cache = std::make_shared<ExpertCache>(source, Layout(), Options(8));
-  const int64_t handle = RegisterCache(cache);
-  EXPECT_EQ(FindCache(handle), cache);
+  const int64_t handle = RegisterCache(Backend::kHost, cache);
+  EXPECT_EQ(FindCache(handle).backend, Backend::kHost);
+  EXPECT_EQ(FindCache(handle).cache, cache);
   EXPECT_THROW(FindCache(handle + 1), std::invalid_argument);
   cache.reset();
   EXPECT_THROW(FindCache(handle), std::invalid_argument) << "destroyed, still registered";

@@ -61,7 +61,7 @@ class ReferenceQueue {
     next.to_hand_out.pop_front();
     ++next.chunks_out;
     ++chunks_in_flight_;
-    return Chunk{next.slot, next.expert, piece.offset_bytes, piece.num_bytes};
+    return Chunk{next.slot, next.expert, piece.offset_bytes, piece.num_bytes, next.transfer_class};
   }
 
   TransferStatus Finish(const Chunk& chunk, bool succeeded) {

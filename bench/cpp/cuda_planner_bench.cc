@@ -1,0 +1,193 @@
+// Time to plan one MoE layer of a decode step on the GPU: 48 layers of 128 experts, top-8, one
+// table of 1,536 slots. A graph plans the layers of 64 tokens, one launch each; the time of a layer
+// is the graph's over its launches, launch gaps included. `floor_us` is that of a graph of as many
+// launches of an empty kernel, measured between those of the planner. Medians.
+//
+// Routing is uniform or skewed (bench/cpp/routes.h), so that about 25, 50 and 75 % of the experts
+// are resident, or walks in a circle, so that none is. "to_host" also writes the plans to mapped
+// host memory.
+
+#include <benchmark/benchmark.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/planner.h"
+#include "cuda/cuda_error.h"
+#include "cuda/device_memory.h"
+#include "cuda/device_planner.h"
+#include "cuda/devices.h"
+#include "cuda/pinned_memory.h"
+#include "cuda/stream.h"
+#include "cuda_empty_kernel.h"
+#include "routes.h"
+
+namespace expertflow {
+namespace {
+
+constexpr RoutesShape kShape{.num_layers = 48, .num_experts = 128, .top_k = 8, .num_tokens = 64};
+constexpr int32_t kNumSlots = 1536;
+constexpr int kNumLaunches = kShape.num_layers * kShape.num_tokens;
+constexpr int kNumIterations = 20;
+
+// A captured graph, and the time that a launch of it takes.
+class TimedGraph {
+ public:
+  explicit TimedGraph(const std::function<void(cudaStream_t)>& enqueue) {
+    EXPERTFLOW_CUDA_CHECK(cudaEventCreate(&begin_));
+    EXPERTFLOW_CUDA_CHECK(cudaEventCreate(&end_));
+    cudaGraph_t graph;
+    EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeRelaxed));
+    enqueue(stream_.get());
+    EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream_.get(), &graph));
+    EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&exec_, graph, 0));
+    EXPERTFLOW_CUDA_CHECK(cudaGraphDestroy(graph));
+    EXPERTFLOW_CUDA_CHECK(cudaGraphUpload(exec_, stream_.get()));
+    stream_.Synchronize();
+  }
+  ~TimedGraph() {
+    EXPERTFLOW_CUDA_WARN(cudaGraphExecDestroy(exec_));
+    EXPERTFLOW_CUDA_WARN(cudaEventDestroy(begin_));
+    EXPERTFLOW_CUDA_WARN(cudaEventDestroy(end_));
+  }
+  TimedGraph(const TimedGraph&) = delete;
+  TimedGraph& operator=(const TimedGraph&) = delete;
+
+  double RunUs() {
+    EXPERTFLOW_CUDA_CHECK(cudaEventRecord(begin_, stream_.get()));
+    EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(exec_, stream_.get()));
+    EXPERTFLOW_CUDA_CHECK(cudaEventRecord(end_, stream_.get()));
+    EXPERTFLOW_CUDA_CHECK(cudaEventSynchronize(end_));
+    float elapsed_ms;
+    EXPERTFLOW_CUDA_CHECK(cudaEventElapsedTime(&elapsed_ms, begin_, end_));
+    return 1000.0 * static_cast<double>(elapsed_ms);
+  }
+
+ private:
+  CudaStream stream_;
+  cudaEvent_t begin_, end_;
+  cudaGraphExec_t exec_;
+};
+
+double Median(std::vector<double> values) {
+  std::ranges::sort(values);
+  return values[values.size() / 2];
+}
+
+LayerStatistics Total(const std::vector<LayerStatistics>& layers) {
+  LayerStatistics total;
+  for (const LayerStatistics& layer : layers) total += layer;
+  return total;
+}
+
+// One graph that plans all routes once.
+class PlannedRoutes {
+ public:
+  PlannedRoutes(const Routes& routes, PolicyKind policy, bool to_host)
+      : planner_(kShape.num_layers, kShape.num_experts, kNumSlots,
+                 {.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy}),
+        ids_(CopyToDevice(routes)),
+        host_plan_(to_host ? reinterpret_cast<LayerPlan*>(host_memory_.data()) : nullptr),
+        graph_([this](cudaStream_t stream) { Enqueue(stream); }) {}
+
+  TimedGraph& graph() { return graph_; }
+  LayerStatistics Statistics() const { return Total(planner_.ReadStatistics()); }
+
+ private:
+  static DeviceMemory CopyToDevice(const Routes& routes) {
+    DeviceMemory ids(sizeof(int64_t) * routes.size(), "routes");
+    EXPERTFLOW_CUDA_CHECK(
+        cudaMemcpy(ids.data(), routes.data(), ids.num_bytes(), cudaMemcpyHostToDevice));
+    EXPERTFLOW_CUDA_CHECK(cudaDeviceSynchronize());
+    return ids;
+  }
+
+  void Enqueue(cudaStream_t stream) {
+    const auto* ids = reinterpret_cast<const int64_t*>(ids_.data());
+    for (int i = 0; i < kNumLaunches; ++i) {
+      planner_.PlanLayer(i % kShape.num_layers, {ids + i * kShape.top_k, nullptr, kShape.top_k},
+                         reinterpret_cast<LayerPlan*>(plan_.data()), host_plan_,
+                         MissFetch::kSameStream, stream);
+    }
+  }
+
+  DevicePlanner planner_;
+  DeviceMemory ids_;
+  DeviceMemory plan_{sizeof(LayerPlan), "a plan"};
+  PinnedMemory host_memory_{sizeof(LayerPlan)};
+  LayerPlan* host_plan_;
+  TimedGraph graph_;
+};
+
+void PlanLayer(benchmark::State& state, const Routes& routes, PolicyKind policy, bool to_host) {
+  PlannedRoutes planned(routes, policy, to_host);
+  TimedGraph empty([](cudaStream_t stream) {
+    for (int i = 0; i < kNumLaunches; ++i) LaunchEmptyKernel(stream);
+  });
+  for (int i = 0; i < 3; ++i) planned.graph().RunUs();
+  const LayerStatistics before = planned.Statistics();
+  std::vector<double> planner_us, floor_us;
+  for (auto _ : state) {
+    floor_us.push_back(empty.RunUs() / kNumLaunches);
+    planner_us.push_back(planned.graph().RunUs() / kNumLaunches);
+    state.SetIterationTime(planner_us.back() * kNumLaunches * 1e-6);
+  }
+  const LayerStatistics after = planned.Statistics();
+  const auto hits = static_cast<double>(after.hits - before.hits);
+  const auto misses = static_cast<double>(after.misses - before.misses);
+  state.counters["us_per_layer"] = Median(planner_us);
+  state.counters["min_us"] = *std::ranges::min_element(planner_us);
+  state.counters["max_us"] = *std::ranges::max_element(planner_us);
+  state.counters["floor_us"] = Median(floor_us);
+  state.counters["hit_rate"] = hits / (hits + misses);
+}
+
+void RegisterAll() {
+  const GpuList list = ListGpus();
+  if (list.gpus.empty()) {
+    std::printf("cuda_planner_bench: no GPU: %s\n", list.missing_reason.c_str());
+    return;
+  }
+  std::printf("cuda_planner_bench: %s\n", list.gpus.front().name.c_str());
+  static const struct {
+    const char* name;
+    Routes routes;
+  } routings[] = {{"uniform", SkewedRoutes(kShape, 0.0, 0.0)},
+                  {"skewed", SkewedRoutes(kShape, 0.4, 0.3)},
+                  {"very_skewed", SkewedRoutes(kShape, 0.8, 0.5)},
+                  {"all_misses", CircularRoutes(kShape)}};
+  const struct {
+    const char* name;
+    PolicyKind policy;
+  } policies[] = {{"lru", PolicyKind::kLru},
+                  {"decayed_frequency", PolicyKind::kDecayedFrequency},
+                  {"two_level_lru", PolicyKind::kTwoLevelLru},
+                  {"on_demand", PolicyKind::kOnDemand}};
+  for (const auto& routing : routings) {
+    for (const auto& policy : policies) {
+      for (const bool to_host : {false, true}) {
+        const std::string name = std::string("PlanLayerOnGpu/") + routing.name + "/" + policy.name +
+                                 (to_host ? "/to_host" : "");
+        benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routing.routes, policy.policy,
+                                     to_host)
+            ->UseManualTime()
+            ->Unit(benchmark::kMillisecond)
+            ->Iterations(kNumIterations);
+      }
+    }
+  }
+}
+
+// Registered while the program starts: benchmark_main runs what is there by then.
+[[maybe_unused]] const bool kRegistered = [] {
+  RegisterAll();
+  return true;
+}();
+
+}  // namespace
+}  // namespace expertflow

@@ -1,0 +1,227 @@
+// Experts through the transfer queue and the copy engine, beside raw cudaMemcpyAsync.
+
+#include <benchmark/benchmark.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "core/cache_control.h"
+#include "cuda/cuda_error.h"
+#include "cuda/device_memory.h"
+#include "cuda/event.h"
+#include "cuda/expert_cache.h"
+#include "cuda/pinned_pool.h"
+#include "cuda/stream.h"
+#include "host/ram_pool.h"
+
+namespace expertflow {
+namespace {
+
+constexpr size_t kMiB = size_t{1} << 20;
+constexpr size_t kExpertBytes = 9 * kMiB;
+constexpr int32_t kExperts = 256;
+constexpr int32_t kBatch = 96;  // experts in a full queue
+constexpr int32_t kSlots = kBatch;  // so that two batches in turn never hit
+constexpr size_t kChunkBytes = 4 * kMiB;  // as expertflow/cache.py has it
+
+double NowUs() {
+  return std::chrono::duration<double, std::micro>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+ExpertLayout Layout() { return ExpertLayout({{"w", DType::kBFloat16, kExpertBytes / 2}}); }
+
+// Touched and pinned, made once.
+const std::shared_ptr<PinnedPool>& Pool() {
+  static const std::shared_ptr<PinnedPool> pool = [] {
+    auto ram = std::make_shared<RamPool>(Layout(), size_t{kExperts});
+    for (int32_t e = 0; e < kExperts; ++e) {
+      std::memset(ram->expert_data(ExpertIndex{e}), e, kExpertBytes);
+    }
+    auto pinned = std::make_shared<PinnedPool>(ram, 0, true);
+    pinned->Pin(0, kExperts);
+    return pinned;
+  }();
+  return pool;
+}
+
+ExpertCacheOptions Options(size_t chunk_bytes) {
+  return {
+      .num_layers = 1,
+      .num_experts = kExperts,
+      .num_slots = kSlots,
+      .planner = {.top_k = 8, .expert_bytes = kExpertBytes, .policy = PolicyKind::kLru},
+      .chunk_bytes = chunk_bytes,
+      .num_threads = 4,
+  };
+}
+
+struct Ids {
+  explicit Ids(const std::vector<int64_t>& ids) : memory(ids.size() * 8, "ids"), count(ids.size()) {
+    EXPERTFLOW_CUDA_CHECK(
+        cudaMemcpy(memory.data(), ids.data(), memory.num_bytes(), cudaMemcpyHostToDevice));
+  }
+  const int64_t* get() const { return reinterpret_cast<const int64_t*>(memory.data()); }
+  DeviceMemory memory;
+  size_t count;
+};
+
+// Bytes per second of `count` copies of `num_bytes`, all enqueued at once on one stream.
+double RawBandwidth(size_t num_bytes, size_t count) {
+  static const DeviceMemory to(kBatch * kExpertBytes, "raw copies");
+  const CudaStream stream;
+  CudaEvent begin(CudaEvent::Timing::kOn);
+  CudaEvent end(CudaEvent::Timing::kOn);
+  begin.Record(stream.get());
+  for (size_t i = 0; i < count; ++i) {
+    const size_t offset = i * num_bytes % (kBatch * kExpertBytes - num_bytes + 1) / 256 * 256;
+    const std::byte* from = Pool()->expert_data(ExpertIndex{0}) + offset;
+    EXPERTFLOW_CUDA_CHECK(
+        cudaMemcpyAsync(to.data() + offset, from, num_bytes, cudaMemcpyHostToDevice, stream.get()));
+  }
+  end.Record(stream.get());
+  end.Synchronize();
+  return static_cast<double>(count * num_bytes) / end.ElapsedUs(begin) * 1e6;
+}
+
+void BM_RawCopies(benchmark::State& state) {
+  const auto num_bytes = static_cast<size_t>(state.range(0)) * 1024;
+  const size_t count = std::min(kBatch * kExpertBytes / num_bytes, size_t{2000});
+  double bytes_per_second = 0.0;
+  for (auto _ : state) {
+    bytes_per_second = RawBandwidth(num_bytes, count);
+    state.SetIterationTime(static_cast<double>(count * num_bytes) / bytes_per_second);
+  }
+  state.counters["GB/s"] = bytes_per_second / 1e9;
+}
+BENCHMARK(BM_RawCopies)
+    ->ArgName("KiB")
+    ->Arg(64)
+    ->Arg(1024)
+    ->Arg(4096)
+    ->Arg(9216)
+    ->UseManualTime()
+    ->Iterations(5)
+    ->Unit(benchmark::kMillisecond);
+
+// A queue full of experts, demanded by one plan: how much of raw copies of the same size is reached
+// from the call to the last byte.
+void BM_FullQueue(benchmark::State& state) {
+  cuda::ExpertCache cache(Pool(), Layout(), Options(static_cast<size_t>(state.range(0)) * 1024), 0);
+  const CudaStream stream;
+  std::vector<int64_t> first(kBatch);
+  std::iota(first.begin(), first.end(), 0);
+  std::vector<int64_t> second(kBatch);
+  std::iota(second.begin(), second.end(), kExperts / 2);
+  const Ids ids[] = {Ids(first), Ids(second)};
+  std::vector<double> shares;
+  double bytes_per_second = 0.0;
+  int turn = 0;
+  for (auto _ : state) {
+    const double begin_us = NowUs();
+    const Ids& turn_ids = ids[turn++ % 2];
+    // As one token, so that all slots may be taken.
+    const Plan& plan = cache.BeginLayer(0, turn_ids.get(), turn_ids.count, 1, stream.get());
+    for (int32_t r = 0; r < std::ssize(plan.rows); ++r) cache.Wait(r, stream.get());
+    stream.Synchronize();
+    const double us = NowUs() - begin_us;
+    state.SetIterationTime(us / 1e6);
+    bytes_per_second = kBatch * kExpertBytes / us * 1e6;
+    shares.push_back(bytes_per_second / RawBandwidth(kExpertBytes, kBatch));
+  }
+  std::ranges::sort(shares);
+  state.counters["GB/s"] = bytes_per_second / 1e9;
+  state.counters["share_of_raw_median"] = shares[shares.size() / 2];
+  state.counters["share_of_raw_min"] = shares.front();
+}
+BENCHMARK(BM_FullQueue)
+    ->ArgName("chunk_KiB")
+    ->Arg(1024)
+    ->Arg(2048)
+    ->Arg(4096)
+    ->Arg(9216)
+    ->UseManualTime()
+    ->Iterations(11)
+    ->Unit(benchmark::kMillisecond);
+
+// One demanded expert behind a queue full of prefetches: how long it takes longer than alone, in
+// chunks.
+void BM_Preemption(benchmark::State& state) {
+  cuda::ExpertCache cache(Pool(), Layout(), Options(kChunkBytes), 0);
+  const CudaStream stream;
+  std::vector<double> waits_us;
+  std::vector<int64_t> every_id(kExperts);
+  std::iota(every_id.begin(), every_id.end(), 0);
+  const Ids ids(every_id);
+  int64_t expert = 0;
+  const auto demand_us = [&](int64_t id) {
+    const double begin_us = NowUs();
+    cache.BeginLayer(0, ids.get() + id, 1, 1, stream.get());
+    cache.Wait(0, stream.get());
+    stream.Synchronize();
+    return NowUs() - begin_us;
+  };
+  std::vector<double> alone_us;
+  for (int i = 0; i < 20; ++i) alone_us.push_back(demand_us(expert++));
+  std::ranges::sort(alone_us);
+  for (auto _ : state) {
+    std::vector<int64_t> prefetched;
+    for (int i = 0; i < 24; ++i) prefetched.push_back((expert + 1 + i) % kExperts);
+    cache.Prefetch(0, prefetched, 2);
+    const double us = demand_us((expert + 60) % kExperts);
+    state.SetIterationTime(us / 1e6);
+    waits_us.push_back(us - alone_us[alone_us.size() / 2]);
+    for (const int64_t id : prefetched) demand_us(id);  // the queue is empty again
+    expert = (expert + 61) % kExperts;
+  }
+  std::ranges::sort(waits_us);
+  const double chunk_us = kChunkBytes / RawBandwidth(kExpertBytes, kBatch) * 1e6;
+  state.counters["alone_us"] = alone_us[alone_us.size() / 2];
+  state.counters["chunk_us"] = chunk_us;
+  state.counters["waited_chunks_median"] = waits_us[waits_us.size() / 2] / chunk_us;
+  state.counters["waited_chunks_max"] = waits_us.back() / chunk_us;
+}
+BENCHMARK(BM_Preemption)->UseManualTime()->Iterations(50)->Unit(benchmark::kMicrosecond);
+
+// Host time to take a chunk from the queue, submit its copy, and note its end.
+void BM_SubmitChunk(benchmark::State& state) {
+  CacheControl control(Options(kChunkBytes), 2);
+  const DeviceMemory slots(kSlots * kExpertBytes, "slots");
+  const CudaStream stream;
+  CudaEvent copied;
+  std::vector<int64_t> ids(kBatch);
+  std::vector<double> submit_us;
+  for (auto _ : state) {
+    state.PauseTiming();
+    std::iota(ids.begin(), ids.end(), static_cast<int64_t>(state.iterations() % 2) * kExperts / 2);
+    control.BeginLayer(0, ids, 1);
+    state.ResumeTiming();
+    while (control.HasChunk()) {
+      const double begin_us = NowUs();
+      const Chunk chunk = *control.NextChunk();
+      EXPERTFLOW_CUDA_CHECK(cudaMemcpyAsync(
+          slots.data() + static_cast<size_t>(Index(chunk.slot)) * kExpertBytes + chunk.offset_bytes,
+          Pool()->expert_data(chunk.expert) + chunk.offset_bytes, chunk.num_bytes,
+          cudaMemcpyHostToDevice, stream.get()));
+      copied.Record(stream.get());
+      const double submitted_us = NowUs();
+      copied.Synchronize();
+      const double finish_us = NowUs();
+      control.FinishChunk(chunk, std::nullopt);
+      submit_us.push_back(submitted_us - begin_us + NowUs() - finish_us);
+    }
+  }
+  std::ranges::sort(submit_us);
+  state.counters["host_us_median"] = submit_us[submit_us.size() / 2];
+  state.counters["host_us_p90"] = submit_us[submit_us.size() * 9 / 10];
+}
+BENCHMARK(BM_SubmitChunk)->Iterations(8)->Unit(benchmark::kMillisecond);
+
+}  // namespace
+}  // namespace expertflow

@@ -1,0 +1,88 @@
+"""A long run on a GPU: outputs equal to those of the resident model, and memory that stays flat.
+
+The model that ships with expertflow continues batches of prompts, again and again with another
+policy, scope, pool and prefetches of random experts at random distances, at a 25 % cache. Every
+token and every logit must be that of a 100 % cache.
+"""
+
+import argparse
+import random
+import resource
+
+import torch
+
+import expertflow
+from expertflow import experts
+from expertflow.demo import DEMO_MODEL
+
+POLICIES = ("lru", "decayed_frequency", "two_level_lru", "on_demand")
+BATCH, NEW_TOKENS = 16, 64
+
+
+def load(pool: str, size: str):
+    return expertflow.from_pretrained(
+        DEMO_MODEL, expert_cache=size, pool=pool, device="cuda", progress=False
+    )
+
+
+def run(model, seed: int):
+    torch.manual_seed(seed)
+    prompts = torch.randint(3, 500, (BATCH, 12), device="cuda")
+    output = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences, torch.stack(output.logits)
+
+
+def prefetching(cache, choice: random.Random):
+    """compute_experts, with a random horizon each time."""
+
+    def compute(cache_, layer, *arguments):
+        def prefetch() -> None:
+            for distance in range(1, choice.randrange(9)):
+                ids = torch.tensor([choice.randrange(cache.num_experts) for _ in range(2)])
+                cache.prefetch((layer + distance) % cache.num_layers, ids, distance)
+
+        return original(cache_, layer, *arguments, on_planned=prefetch)
+
+    return compute
+
+
+original = experts.compute_experts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=20_000)
+    options = parser.parse_args()
+    choice = random.Random(0)
+    resident = load("ram", "100%")
+    models = [load("ram", "25%"), load("file", "25%")]
+    done, first_free, first_rss = 0, 0, 0
+    while done < options.tokens:
+        experts.compute_experts = original
+        expected = run(resident, done)
+        model = choice.choice(models)
+        policy, scope = choice.choice(POLICIES), choice.choice(("global", "layer"))
+        model.set_expert_cache("25%", policy=policy, cache_scope=scope)
+        experts.compute_experts = prefetching(model.expert_cache, choice)
+        found = run(model, done)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs), f"{policy}, {scope}: differs after {done} tokens"
+        done += BATCH * NEW_TOKENS
+        if done == 4 * BATCH * NEW_TOKENS:  # by now everything was used once
+            first_free = torch.cuda.mem_get_info()[0]
+            first_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = first_free - torch.cuda.mem_get_info()[0]
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first_rss
+    print(f"{done} tokens equal; device memory grew by {grown} bytes, the process by {rss} KiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/eviction/decayed_frequency.h"
+#include "core/eviction/lru.h"
+#include "core/eviction/policy.h"
+#include "core/eviction/two_level_lru.h"
+#include "core/host_device.h"
+#include "core/plan.h"
+#include "core/slot_table.h"
+#include "core/statistics.h"
+
+// What planning does to one slot or one row. The host's planner and the planner kernel are made of
+// these functions, so they decide alike; each has only its own way to scan for the smallest ranks.
+// In a kernel, every row and every slot has its own thread: they share the counters only.
+
+namespace expertflow {
+
+// Above this many tokens a plan is a prompt's, not a decode step's: it leaves the policy's keys
+// alone and evicts little.
+constexpr int32_t kMaxDecodeTokens = 16;
+
+// Plain data in host or device memory, passed to kernels by value.
+struct PlanningView {
+  SlotTableView table;
+  EvictionParams eviction;
+  LayerStatistics* statistics;  // [num_layers]
+  PolicyKind policy;
+  CacheScope scope;
+  int64_t expert_bytes;
+};
+
+struct SlotRange {
+  int32_t begin;
+  int32_t end;
+};
+
+// A slot that may be taken; the smallest rank goes first, ties go to the lower slot.
+struct Candidate {
+  int64_t rank;
+  int32_t slot;
+
+  EXPERTFLOW_HD friend bool operator<(const Candidate& a, const Candidate& b) {
+    return a.rank < b.rank || (a.rank == b.rank && a.slot < b.slot);
+  }
+};
+
+// Calls `visit` with an object of the policy's type. The one place that maps kinds to types.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // `visit` may be host code: then only the host calls
+#endif
+template <class Visit>
+EXPERTFLOW_HD inline auto WithPolicy(PolicyKind policy, Visit&& visit) {
+  switch (policy) {
+    case PolicyKind::kDecayedFrequency:
+      return visit(DecayedFrequency{});
+    case PolicyKind::kTwoLevelLru:
+      return visit(TwoLevelLru{});
+    case PolicyKind::kLru:
+    case PolicyKind::kOnDemand:
+      break;
+  }
+  return visit(Lru{});
+}
+
+// The slots that a layer may take.
+EXPERTFLOW_HD inline SlotRange RangeOf(const PlanningView& planning, int32_t layer) {
+  const SlotTableView& table = planning.table;
+  if (planning.scope == CacheScope::kGlobal) return {0, table.num_slots};
+  const int32_t quota = table.num_slots / table.num_layers;
+  return {layer * quota, (layer + 1) * quota};
+}
+
+EXPERTFLOW_HD inline RowState StateOfRow(const SlotTableView& table, SlotId slot) {
+  if (slot == SlotId::kNone) return RowState::kMiss;
+  return InFlight(table.slot_state[Index(slot)]) ? RowState::kLoading : RowState::kHit;
+}
+
+// Whether a plan or a prefetch at tick `now` may take the slot: never one in flight or of the
+// current plan, nor, if asked to, a predicted one. Without branches, so that a kernel's loads do
+// not wait for each other.
+EXPERTFLOW_HD inline bool MayTake(const SlotTableView& table, int32_t slot, Tick now,
+                                  bool spare_predicted) {
+  const bool in_flight = InFlight(table.slot_state[slot]);
+  const bool in_plan = table.slot_needed[slot] == now;
+  const bool spared = spare_predicted && table.slot_predicted[slot] >= now;
+  return !(in_flight | in_plan | spared);
+}
+
+// The key of an expert that is used at tick `now` and had `key` before.
+EXPERTFLOW_HD inline int64_t KeyOnUse(const PlanningView& planning, int64_t key, Tick now) {
+  return WithPolicy(planning.policy, [&]<class Policy>(Policy) {
+    return Policy::KeyOnUse(planning.eviction, key, now);
+  });
+}
+
+// How functions below add to a counter of the statistics, where one thread does all the planning.
+// Threads that plan together pass something atomic instead.
+struct AddPlainly {
+  EXPERTFLOW_HD void operator()(int64_t& counter, int64_t amount) const { counter += amount; }
+};
+
+// Counts the eviction of `expert`, if it is one; `unused` says that it was prefetched for nothing.
+template <class Add>
+EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, ExpertIndex expert,
+                                        bool unused, const Add& add) {
+  if (expert == ExpertIndex::kNone) return;
+  LayerStatistics& counts = planning.statistics[ToId(planning.table, expert).layer];
+  add(counts.evictions, 1);
+  if (unused) add(counts.wasted_prefetch_bytes, planning.expert_bytes);
+}
+
+// Gives `slot` to `expert`, which is not resident, and counts what is evicted: last, because a
+// kernel still waits for what it read, and the stores need not.
+template <class Add>
+EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot, ExpertIndex expert,
+                                  const Add& add) {
+  const ExpertIndex evicted = planning.table.slot_expert[Index(slot)];
+  const bool unused = planning.table.slot_unused[Index(slot)] != 0;
+  Assign(planning.table, slot, expert);
+  CountEviction(planning, evicted, unused, add);
+}
+
+// The plan of tick `now` uses `expert`, which is in `slot` and had `key` before. A streaming plan
+// leaves keys alone.
+EXPERTFLOW_HD inline void RecordUse(const PlanningView& planning, SlotId slot, ExpertIndex expert,
+                                    int64_t key, Tick now, bool streaming) {
+  const SlotTableView& table = planning.table;
+  const int32_t s = Index(slot);
+  table.slot_needed[s] = now;
+  table.slot_unused[s] = 0;
+  if (streaming) return;
+  table.slot_key[s] = table.expert_key[Index(expert)] = KeyOnUse(planning, key, now);
+}
+
+// Gives `slot` to a missing expert of the plan of tick `now`, which had `key` before.
+template <class Add>
+EXPERTFLOW_HD inline void PlaceMiss(const PlanningView& planning, SlotId slot, ExpertIndex expert,
+                                    int64_t key, Tick now, bool streaming, const Add& add) {
+  Replace(planning, slot, expert, add);
+  planning.table.slot_key[Index(slot)] = kStreamedKey;
+  RecordUse(planning, slot, expert, key, now, streaming);
+}
+
+// What the on-demand policy does to every slot before a plan: nothing that is ready outlives one.
+template <class Add>
+EXPERTFLOW_HD inline void DropIfReady(const PlanningView& planning, SlotId slot, const Add& add) {
+  const int32_t s = Index(slot);
+  if (planning.table.slot_state[s] != SlotState::kReady) return;
+  CountEviction(planning, planning.table.slot_expert[s], planning.table.slot_unused[s] != 0, add);
+  Unassign(planning.table, slot);
+}
+
+}  // namespace expertflow

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "core/layer_plan.h"
+#include "core/planner.h"
+#include "core/planning.h"
+#include "core/statistics.h"
+#include "cuda/device_memory.h"
+#include "cuda/device_slot_table.h"
+
+namespace expertflow {
+
+// Plans decode layers on the device: the planner kernel with all it works on, in the memory of the
+// device that is current when it is made. Plans of one planner must be ordered, by one stream or by
+// events. Nothing is allocated after construction.
+class DevicePlanner {
+ public:
+  // Throws as Planner and DeviceSlotTable do.
+  DevicePlanner(int32_t num_layers, int32_t num_experts, int32_t num_slots,
+                const PlannerConfig& config);
+
+  // Enqueues one plan, see LaunchPlanLayer; also into a graph that is being captured. `plan` lies
+  // in device memory, `host_plan` (or nullptr) in mapped host memory; both must stay while the
+  // launch, or the graph, is in use.
+  void PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* plan, LayerPlan* host_plan,
+                 MissFetch fetch, cudaStream_t stream);
+
+  DeviceSlotTable& table() { return table_; }
+  const PlanningView& planning() const { return planning_; }
+
+  // These wait for all work of the device.
+  std::vector<LayerStatistics> ReadStatistics() const;
+  PlanClock ReadClock() const;
+  // Continues where plans made on the host have ended.
+  void SetTick(Tick now);
+
+ private:
+  DeviceSlotTable table_;
+  DeviceMemory log2_table_;
+  DeviceMemory statistics_;
+  DeviceMemory clock_memory_;
+  PlanClock* clock_;
+  PlanningView planning_;
+};
+
+}  // namespace expertflow

@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/expert_mlp/params.h"
+#include "cuda/grid_dependency.h"
+
+namespace expertflow::mlp {
+
+constexpr int kDepth = 4;
+constexpr size_t kRingBytes = size_t{kDepth} * 2 * kThreads * 16;
+
+struct WeightPair {
+  uint4 first;
+  uint4 second;
+};
+
+// A thread's share of the weights, in the order it uses them, through its own part of a ring in
+// shared memory: up to kDepth steps of two 16-byte chunks are under way at any time, also across
+// the end of a unit, which a load into registers would not give at this register count. 64 KiB in
+// flight on each multiprocessor cover the latency of HBM at its full rate (4.4 TB/s · 0.9 µs / 132
+// = 30 KiB) with room for waiting. No other thread touches this thread's part, so it needs no
+// barrier.
+//
+// The work of a kernel is a list of units: `Layout::num_units()` for each pass, pass after pass.
+// The thread takes units first_unit, first_unit + unit_stride, ...
+template <class Layout>
+class WeightStream {
+ public:
+  // Starts the first loads, which must not depend on the kernel before.
+  __device__ WeightStream(const Params& params, const Layout& layout, uint4* ring, int first_unit,
+                          int unit_stride)
+      : params_(params),
+        layout_(layout),
+        ring_(ring + threadIdx.x),
+        unit_(first_unit),
+        unit_stride_(unit_stride),
+        num_units_(params.num_passes * layout.num_units()) {
+    StartUnit();
+    for (int i = 0; i < kDepth; ++i) StartStep();
+  }
+
+  // The next step's weights; a chunk that the layout says is not there has no defined value.
+  __device__ WeightPair Take() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+    const uint4* slot = ring_ + slot_ * kSlotChunks;
+    const WeightPair weights{slot[0], slot[kThreads]};
+    StartStep();
+    return weights;
+  }
+
+ private:
+  static constexpr int kSlotChunks = 2 * kThreads;
+
+  __device__ void StartUnit() {
+    step_ = 0;
+    if (unit_ >= num_units_) return;
+    const Pass& pass = params_.passes[unit_ / layout_.num_units()];
+    next_ = layout_.UnitStart(
+        params_.weights + static_cast<size_t>(pass.slot) * params_.slot_stride_bytes,
+        unit_ % layout_.num_units());
+  }
+
+  // Loads into the slot that was taken last (or, first, into each). A group is committed also when
+  // there is nothing left to load, so that the count of groups stays the count of steps.
+  __device__ void StartStep() {
+    if (unit_ < num_units_) {
+      uint4* slot = ring_ + slot_ * kSlotChunks;
+      if (layout_.HasFirst(step_)) Copy(slot, next_);
+      if (layout_.HasSecond(step_)) Copy(slot + kThreads, next_ + layout_.second_bytes());
+      next_ += layout_.step_bytes();
+      if (++step_ == layout_.num_steps()) {
+        unit_ += unit_stride_;
+        StartUnit();
+        LetNextKernelStart();
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;
+  }
+
+  // The next kernel's blocks may start when this one's last weights are on their way: those of the
+  // down kernel begin to load. One warp that has as much to do as any decides for the block.
+  __device__ void LetNextKernelStart() const {
+    if (unit_ >= num_units_ && threadIdx.x < 32) LetDependentsStart();
+  }
+
+  __device__ static void Copy(uint4* shared, const std::byte* global) {
+    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(global)
+                 : "memory");
+  }
+
+  const Params& params_;
+  const Layout& layout_;
+  uint4* ring_;
+  const std::byte* next_ = nullptr;
+  int slot_ = 0;
+  int step_ = 0;
+  int unit_;
+  int unit_stride_;
+  int num_units_;
+};
+
+}  // namespace expertflow::mlp

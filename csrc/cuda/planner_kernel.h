@@ -1,0 +1,22 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/layer_plan.h"
+#include "core/planning.h"
+
+namespace expertflow {
+
+// Enqueues the plan of one layer of a decode step: one launch of one block, which may be captured
+// in a CUDA graph. It decides as Planner::PlanLayer does for at most kMaxDecodeTokens tokens, takes
+// the next tick from the clock, changes the table and the statistics, and writes the plan to device
+// memory and, if asked to, to mapped host memory, where the host may poll its sequence number.
+// Plans that need waves are left to the host, see LayerPlanStatus.
+//
+// All pointers of `planning` are to device memory that nothing else changes while the kernel runs.
+// Throws std::invalid_argument for a layer, a number of ids or of experts that it cannot plan, and
+// CudaError if the launch fails.
+void LaunchPlanLayer(const PlanningView& planning, const LayerPlanRequest& request,
+                     cudaStream_t stream);
+
+}  // namespace expertflow

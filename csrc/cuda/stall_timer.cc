@@ -1,0 +1,23 @@
+#include "cuda/stall_timer.h"
+
+namespace expertflow {
+
+void StallTimer::Wait(const CudaEvent& arrival, cudaStream_t stream, int32_t layer) {
+  if (count_ == intervals_.size()) intervals_.emplace_back();
+  Interval& interval = intervals_[count_++];
+  interval.layer = layer;
+  interval.before.Record(stream);
+  arrival.MakeWait(stream);
+  interval.after.Record(stream);
+}
+
+void StallTimer::Collect(const std::function<void(int32_t layer, double stall_us)>& add) {
+  for (size_t i = 0; i < count_; ++i) {
+    const Interval& interval = intervals_[i];
+    interval.after.Synchronize();
+    add(interval.layer, interval.after.ElapsedUs(interval.before));
+  }
+  count_ = 0;
+}
+
+}  // namespace expertflow

@@ -1,0 +1,59 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "core/cache_control.h"
+#include "core/expert_layout.h"
+#include "core/statistics.h"
+#include "host/cache_registry.h"
+
+namespace expertflow {
+
+// An expert cache and its entry in the registry.
+template <class Cache, Backend kBackend>
+class RegisteredCache {
+ public:
+  explicit RegisteredCache(std::shared_ptr<Cache> cache)
+      : cache_(std::move(cache)), handle_(RegisterCache(kBackend, cache_)) {}
+  ~RegisteredCache() {
+    UnregisterCache(handle_);
+    const pybind11::gil_scoped_release unlocked;
+    cache_.reset();
+  }
+  RegisteredCache(const RegisteredCache&) = delete;
+  RegisteredCache& operator=(const RegisteredCache&) = delete;
+
+  Cache& cache() { return *cache_; }
+  int64_t handle() const { return handle_; }
+
+ private:
+  std::shared_ptr<Cache> cache_;
+  int64_t handle_;
+};
+
+ExpertCacheOptions MakeCacheOptions(const ExpertLayout& layout, int32_t num_layers,
+                                    int32_t num_experts, int32_t top_k, int32_t num_slots,
+                                    const std::string& policy, const std::string& scope,
+                                    double decay, size_t chunk_bytes, int32_t num_threads);
+
+// Totals, with the layers' own figures under "layers".
+pybind11::dict StatisticsDict(const std::vector<LayerStatistics>& layers);
+
+// The properties that the caches of all backends have.
+template <class Class>
+void DefineCacheProperties(Class& cache_class) {
+  using Registered = typename Class::type;
+  cache_class.def_property_readonly("handle", &Registered::handle)
+      .def_property_readonly("num_slots", [](Registered& c) { return c.cache().num_slots(); })
+      .def_property_readonly("bandwidth_bytes_per_second",
+                             [](Registered& c) { return c.cache().bandwidth_bytes_per_second(); })
+      .def("statistics", [](Registered& c) { return StatisticsDict(c.cache().statistics()); })
+      .def("reset_statistics", [](Registered& c) { c.cache().ResetStatistics(); });
+}
+
+}  // namespace expertflow

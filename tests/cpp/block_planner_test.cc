@@ -1,0 +1,99 @@
+// The body of the planner kernel, run on threads of the CPU: plans and tables equal the host
+// planner's, step by step.
+
+#include "core/block_planner.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "host_block.h"
+#include "paired_planners.h"
+
+namespace expertflow {
+namespace {
+
+constexpr int32_t kNumThreads = 32;
+
+// The planner kernel on the CPU, with a table of its own.
+class CpuBlockPlanner {
+ public:
+  CpuBlockPlanner(const Shape& shape, const PlannerConfig& config)
+      : table_(shape.num_layers, shape.num_experts, shape.num_slots),
+        statistics_(static_cast<size_t>(shape.num_layers)),
+        first_of_expert_(static_cast<size_t>(shape.num_experts)),
+        planning_(MakePlanningView(config, table_.view(), log2_table_.data(), statistics_.data())) {
+  }
+
+  const LayerPlan& PlanLayer(int32_t layer, const std::vector<int64_t>& ids, MissFetch fetch) {
+    const std::vector<int32_t> narrow_ids(ids.begin(), ids.end());
+    const bool narrow = clock_.sequence % 2 == 1;
+    const LayerPlanRequest request{.layer = layer,
+                                   .ids = {.int64 = narrow ? nullptr : ids.data(),
+                                           .int32 = narrow ? narrow_ids.data() : nullptr,
+                                           .count = static_cast<int32_t>(ids.size())},
+                                   .fetch = fetch,
+                                   .clock = &clock_,
+                                   .plan = &plan_,
+                                   .host_plan = &host_plan_};
+    WithPolicy(planning_.policy, [&]<class Policy>(Policy) {
+      RunHostBlock(NumThreads(request.ids.count), [&](HostBlock& block) {
+        BlockPlanner<Policy, HostBlock>(block, *shared_, first_of_expert_.data(), planning_,
+                                        request)
+            .Run();
+      });
+    });
+    ExpectEqualPlans(host_plan_, plan_);
+    return host_plan_;
+  }
+
+  void CopyTableTo(SlotTable& to) { CopyTable(table_.view(), to.view()); }
+  void CopyTableFrom(const SlotTable& from) { CopyTable(from.view(), table_.view()); }
+  std::vector<LayerStatistics> Statistics() const { return statistics_; }
+  void SetTick(Tick now) { clock_.now = now; }
+
+ private:
+  static int32_t NumThreads(int32_t num_ids) {
+    return std::max((num_ids + kWarpSize - 1) / kWarpSize * kWarpSize, kNumThreads);
+  }
+
+  SlotTable table_;
+  std::vector<LayerStatistics> statistics_;
+  std::vector<int32_t> first_of_expert_;
+  DecayedFrequency::Log2Table log2_table_ = DecayedFrequency::MakeLog2Table();
+  PlanningView planning_;
+  std::unique_ptr<BlockPlannerShared> shared_ = std::make_unique<BlockPlannerShared>();
+  PlanClock clock_{0, 0};
+  LayerPlan plan_{};
+  LayerPlan host_plan_{};
+};
+
+class BlockPlannerTest : public testing::TestWithParam<PolicyAndScope> {};
+
+TEST_P(BlockPlannerTest, DecidesAsTheHostPlannerDoes) {
+  const auto [policy, scope] = GetParam();
+  for (uint64_t seed = 0; seed < 5 && !HasFailure(); ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    PairedPlanners<CpuBlockPlanner>(seed, policy, scope).RunRandom(30);
+  }
+}
+
+TEST_P(BlockPlannerTest, DecidesAlikeOnSkewedRouting) {
+  const auto [policy, scope] = GetParam();
+  PairedPlanners<CpuBlockPlanner>(Shape{3, 32, 4, 30}, policy, scope).RunSkewed(25);
+}
+
+TEST(BlockPlannerRefusalTest, IdsThatTheLayerLacksChangeNothing) {
+  ExpectBadIdsAreRefused<CpuBlockPlanner>();
+}
+
+INSTANTIATE_TEST_SUITE_P(AllPolicies, BlockPlannerTest, AllPoliciesAndScopes(),
+                         NameOfPolicyAndScope);
+
+}  // namespace
+}  // namespace expertflow

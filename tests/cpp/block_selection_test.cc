@@ -1,0 +1,123 @@
+// The selection of victims by a block of threads, run on threads of the CPU, against a sort.
+
+#include "core/block_selection.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "host_block.h"
+
+namespace expertflow {
+namespace {
+
+// Slot s belongs to thread s % num_threads.
+struct RankSource {
+  const std::vector<int64_t>& ranks;
+  int32_t thread;
+  int32_t num_threads;
+
+  template <class Visitor>
+  void Visit(Visitor&& visit) {
+    for (int32_t s = thread; s < static_cast<int32_t>(ranks.size()); s += num_threads) {
+      const int64_t rank = ranks[static_cast<size_t>(s)];
+      if (rank != kNoRank) visit(Candidate{rank, s});
+    }
+  }
+};
+
+std::vector<int32_t> SelectOnBlock(const std::vector<int64_t>& ranks, int32_t count,
+                                   int32_t num_threads) {
+  auto shared = std::make_unique<BlockSelection>();
+  std::vector<int32_t> num_found(static_cast<size_t>(num_threads));
+  RunHostBlock(num_threads, [&](HostBlock& block) {
+    RankSource source{ranks, block.thread(), block.num_threads()};
+    num_found[static_cast<size_t>(block.thread())] = SelectSmallest(block, *shared, source, count);
+  });
+  EXPECT_EQ(std::ranges::count(num_found, num_found.front()), num_threads)
+      << "the threads disagree";
+  return {shared->victims, shared->victims + num_found.front()};
+}
+
+std::vector<int32_t> SelectBySorting(const std::vector<int64_t>& ranks, int32_t count) {
+  std::vector<Candidate> candidates;
+  for (size_t s = 0; s < ranks.size(); ++s) {
+    if (ranks[s] != kNoRank) candidates.push_back({ranks[s], static_cast<int32_t>(s)});
+  }
+  std::ranges::sort(candidates, [](const Candidate& a, const Candidate& b) { return a < b; });
+  candidates.resize(std::min(candidates.size(), static_cast<size_t>(count)));
+  std::vector<int32_t> slots;
+  for (const Candidate& candidate : candidates) slots.push_back(candidate.slot);
+  return slots;
+}
+
+void ExpectAsSorted(const std::vector<int64_t>& ranks, int32_t count, int32_t num_threads = 32) {
+  EXPECT_EQ(SelectOnBlock(ranks, count, num_threads), SelectBySorting(ranks, count))
+      << count << " of " << ranks.size() << " by " << num_threads << " threads";
+}
+
+TEST(BlockSelectionTest, FindsTheSmallestInOrder) {
+  std::mt19937_64 random(1);
+  for (const int32_t count : {1, 2, 7, 8, 9, 16, 40}) {
+    std::vector<int64_t> ranks(500);
+    for (int64_t& rank : ranks) rank = static_cast<int64_t>(random()) / 2;
+    ExpectAsSorted(ranks, count);
+    ExpectAsSorted(ranks, count, 64);
+  }
+}
+
+TEST(BlockSelectionTest, TiesGoToTheLowerSlot) {
+  std::mt19937_64 random(2);
+  std::vector<int64_t> ranks(300);
+  for (int64_t& rank : ranks) rank = static_cast<int64_t>(random() % 20);
+  for (const int32_t count : {1, 8, 30}) ExpectAsSorted(ranks, count);
+}
+
+TEST(BlockSelectionTest, ManyMoreEqualRanksThanTheListHolds) {
+  ExpectAsSorted(std::vector<int64_t>(1000, kEmptyKey), 8);
+  ExpectAsSorted(std::vector<int64_t>(1000, kEmptyKey), 20, 64);
+}
+
+TEST(BlockSelectionTest, SmallRanksCrowdedInOneClass) {
+  std::vector<int64_t> ranks(800);
+  for (size_t s = 0; s < ranks.size(); ++s) {
+    ranks[s] = static_cast<int64_t>(s % 8 == 3 ? s : 1'000'000 - s);
+  }
+  ExpectAsSorted(ranks, 8);
+  ExpectAsSorted(ranks, 17);
+}
+
+TEST(BlockSelectionTest, FewerCandidatesThanWanted) {
+  std::vector<int64_t> ranks(200, kNoRank);
+  ExpectAsSorted(ranks, 5);
+  ranks[7] = 3;
+  ranks[190] = -1;
+  ExpectAsSorted(ranks, 2);
+  ExpectAsSorted(ranks, 5);
+  for (size_t s = 20; s < 32; ++s) ranks[s] = static_cast<int64_t>(s);
+  ExpectAsSorted(ranks, 20);
+}
+
+TEST(BlockSelectionTest, RanksAtBothEndsOfTheirRange) {
+  ExpectAsSorted({kNoRank - 1, kLowestRank, 0, -1, kLowestRank, kProtected}, 6);
+}
+
+TEST(BlockSelectionTest, RandomSizesAndShares) {
+  std::mt19937_64 random(3);
+  for (int i = 0; i < 60; ++i) {
+    std::vector<int64_t> ranks(1 + random() % 400);
+    const uint64_t spread = 1 + random() % 300;
+    for (int64_t& rank : ranks) {
+      rank = random() % 4 == 0 ? kNoRank : static_cast<int64_t>(random() % spread);
+    }
+    ExpectAsSorted(ranks, static_cast<int32_t>(1 + random() % 24));
+  }
+}
+
+}  // namespace
+}  // namespace expertflow

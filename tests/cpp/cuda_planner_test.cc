@@ -1,0 +1,235 @@
+// The planner kernel against the host planner, and in captured graphs.
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "cuda/cuda_error.h"
+#include "cuda/device_memory.h"
+#include "cuda/device_planner.h"
+#include "cuda/pinned_memory.h"
+#include "cuda/stream.h"
+#include "cuda_test.h"
+#include "paired_planners.h"
+
+namespace expertflow {
+namespace {
+
+// Routed ids in device memory, 64 or 32 bits wide.
+class DeviceIds {
+ public:
+  DeviceIds() : memory_(sizeof(int64_t) * kMaxRoutedIds, "ids") {}
+
+  RoutedIds Put(const std::vector<int64_t>& ids, bool narrow) {
+    const auto count = static_cast<int32_t>(ids.size());
+    if (!narrow) {
+      CopyIn(ids.data(), ids.size() * sizeof(int64_t));
+      return {reinterpret_cast<const int64_t*>(memory_.data()), nullptr, count};
+    }
+    const std::vector<int32_t> narrow_ids(ids.begin(), ids.end());
+    CopyIn(narrow_ids.data(), narrow_ids.size() * sizeof(int32_t));
+    return {nullptr, reinterpret_cast<const int32_t*>(memory_.data()), count};
+  }
+
+ private:
+  void CopyIn(const void* from, size_t num_bytes) {
+    EXPERTFLOW_CUDA_CHECK(cudaMemcpy(memory_.data(), from, num_bytes, cudaMemcpyHostToDevice));
+    EXPERTFLOW_CUDA_CHECK(cudaDeviceSynchronize());
+  }
+
+  DeviceMemory memory_;
+};
+
+LayerPlan CopyOut(const DeviceMemory& plan) {
+  LayerPlan copy;
+  EXPERTFLOW_CUDA_CHECK(cudaMemcpy(&copy, plan.data(), sizeof copy, cudaMemcpyDeviceToHost));
+  return copy;
+}
+
+// What PairedPlanners drives. Takes each plan from mapped host memory as soon as its sequence
+// number is there, as the streamed path does, and compares it with the one in device memory.
+class GpuPlanner {
+ public:
+  GpuPlanner(const Shape& shape, const PlannerConfig& config)
+      : planner_(shape.num_layers, shape.num_experts, shape.num_slots, config) {
+    host_plan_ = new (host_memory_.data()) LayerPlan{};
+  }
+
+  const LayerPlan& PlanLayer(int32_t layer, const std::vector<int64_t>& ids, MissFetch fetch) {
+    const RoutedIds routed = ids_.Put(ids, /*narrow=*/sequence_ % 2 == 1);
+    planner_.PlanLayer(layer, routed, reinterpret_cast<LayerPlan*>(plan_.data()), host_plan_, fetch,
+                       stream_.get());
+    ++sequence_;
+    WaitForPlan();
+    const LayerPlan early = *host_plan_;
+    stream_.Synchronize();
+    ExpectEqualPlans(early, CopyOut(plan_));
+    return *host_plan_;
+  }
+
+  void CopyTableTo(SlotTable& to) { planner_.table().CopyTo(to); }
+  void CopyTableFrom(const SlotTable& from) { planner_.table().CopyFrom(from); }
+  std::vector<LayerStatistics> Statistics() const { return planner_.ReadStatistics(); }
+  void SetTick(Tick now) { planner_.SetTick(now); }
+
+ private:
+  void WaitForPlan() {
+    const std::atomic_ref sequence(host_plan_->sequence);
+    while (sequence.load(std::memory_order_acquire) != sequence_) {
+      const cudaError_t code = cudaStreamQuery(stream_.get());
+      if (code == cudaErrorNotReady) {
+        cudaGetLastError();  // "not ready" is no failure that a later check should find
+        continue;
+      }
+      EXPERTFLOW_CUDA_CHECK(code);
+      break;
+    }
+    ASSERT_EQ(sequence.load(std::memory_order_acquire), sequence_) << "the plan never came";
+  }
+
+  DevicePlanner planner_;
+  CudaStream stream_;
+  DeviceIds ids_;
+  DeviceMemory plan_{sizeof(LayerPlan), "a plan"};
+  PinnedMemory host_memory_{sizeof(LayerPlan)};
+  LayerPlan* host_plan_;
+  uint64_t sequence_ = 0;
+};
+
+class PlannerKernelTest : public CudaTest, public testing::WithParamInterface<PolicyAndScope> {};
+
+TEST_P(PlannerKernelTest, DecidesAsTheHostPlannerDoes) {
+  const auto [policy, scope] = GetParam();
+  for (uint64_t seed = 0; seed < 40 && !HasFailure(); ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    PairedPlanners<GpuPlanner>(seed, policy, scope).RunRandom(50);
+  }
+}
+
+TEST_P(PlannerKernelTest, DecidesAlikeOnSkewedRoutingOfLargeModels) {
+  const auto [policy, scope] = GetParam();
+  for (const Shape shape :
+       {Shape{48, 128, 8, 1536}, Shape{24, 32, 4, 192}, Shape{26, 64, 6, 832}}) {
+    PairedPlanners<GpuPlanner>(shape, policy, scope).RunSkewed(20);
+  }
+}
+
+// Several tiles of slots, and blocks of more than one warp per class.
+TEST_P(PlannerKernelTest, DecidesAlikeOnTablesOfManySlots) {
+  const auto [policy, scope] = GetParam();
+  PairedPlanners<GpuPlanner>(Shape{12, 512, 10, 5000}, policy, scope).RunSkewed(30);
+  PairedPlanners<GpuPlanner>(Shape{3, 256, 8, 700}, policy, scope).RunRandom(60);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelTest, AllPoliciesAndScopes(),
+                         NameOfPolicyAndScope);
+
+using PlannerKernelRefusalTest = CudaTest;
+
+TEST_F(PlannerKernelRefusalTest, IdsThatTheLayerLacksChangeNothing) {
+  ExpectBadIdsAreRefused<GpuPlanner>();
+}
+
+TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {
+  const PlannerConfig config{.top_k = 2, .expert_bytes = 1};
+  DevicePlanner planner(2, 8, 6, config);
+  DeviceIds ids;
+  DeviceMemory plan(sizeof(LayerPlan), "a plan");
+  const auto enqueue = [&](int32_t layer, int32_t num_ids) {
+    RoutedIds routed = ids.Put({1, 2}, false);
+    routed.count = num_ids;
+    planner.PlanLayer(layer, routed, reinterpret_cast<LayerPlan*>(plan.data()), nullptr,
+                      MissFetch::kTransfer, nullptr);
+  };
+  EXPECT_THROW(enqueue(2, 2), std::invalid_argument);
+  EXPECT_THROW(enqueue(-1, 2), std::invalid_argument);
+  EXPECT_THROW(enqueue(0, kMaxRoutedIds + 1), std::invalid_argument);
+  EXPECT_THROW(DevicePlanner(2, 8, 1, config), std::invalid_argument);
+  DevicePlanner many_experts(1, 20'000, 16, config);
+  EXPECT_THROW(
+      many_experts.PlanLayer(0, ids.Put({1, 2}, false), reinterpret_cast<LayerPlan*>(plan.data()),
+                             nullptr, MissFetch::kTransfer, nullptr),
+      std::invalid_argument);
+}
+
+struct DestroyGraph {
+  void operator()(cudaGraph_t graph) const { EXPERTFLOW_CUDA_WARN(cudaGraphDestroy(graph)); }
+  void operator()(cudaGraphExec_t graph) const {
+    EXPERTFLOW_CUDA_WARN(cudaGraphExecDestroy(graph));
+  }
+};
+using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
+using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
+
+using PlannerKernelGraphTest = CudaTest;
+
+// A graph of one decode step, replayed with other ids in the same memory, decides as single
+// launches do, and every replay has its own ticks.
+TEST_F(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
+  constexpr Shape kShape{6, 32, 4, 40};
+  constexpr int kNumTokens = 40;
+  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1};
+  DevicePlanner replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
+  DevicePlanner launched(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
+  std::vector<DeviceIds> ids(kShape.num_layers);
+  DeviceMemory plan(sizeof(LayerPlan), "a plan");
+  CudaStream stream;
+  const auto enqueue_step = [&](DevicePlanner& planner, const std::vector<RoutedIds>& routed) {
+    for (int32_t layer = 0; layer < kShape.num_layers; ++layer) {
+      planner.PlanLayer(layer, routed[static_cast<size_t>(layer)],
+                        reinterpret_cast<LayerPlan*>(plan.data()), nullptr, MissFetch::kSameStream,
+                        stream.get());
+    }
+  };
+  std::mt19937_64 random(1);
+  const auto next_ids = [&] {
+    std::vector<RoutedIds> routed;
+    for (DeviceIds& of_layer : ids) {
+      std::vector<int64_t> values(kShape.top_k);
+      for (int64_t& id : values) id = static_cast<int64_t>(random() % kShape.num_experts);
+      routed.push_back(of_layer.Put(values, false));
+    }
+    return routed;
+  };
+
+  const std::vector<RoutedIds> captured = next_ids();
+  cudaGraph_t graph_handle;
+  EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeRelaxed));
+  enqueue_step(replayed, captured);
+  EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream.get(), &graph_handle));
+  const Graph graph(graph_handle);
+  cudaGraphExec_t exec_handle;
+  EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&exec_handle, graph.get(), 0));
+  const GraphExec exec(exec_handle);
+
+  SlotTable of_replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots);
+  SlotTable of_launched(kShape.num_layers, kShape.num_experts, kShape.num_slots);
+  for (int token = 0; token < kNumTokens; ++token) {
+    SCOPED_TRACE("token " + std::to_string(token));
+    EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(exec.get(), stream.get()));
+    stream.Synchronize();
+    const LayerPlan last_replayed = CopyOut(plan);
+    enqueue_step(launched, captured);
+    stream.Synchronize();
+    ExpectEqualPlans(last_replayed, CopyOut(plan));
+    replayed.table().CopyTo(of_replayed);
+    launched.table().CopyTo(of_launched);
+    ExpectEqualTables(of_replayed.view(), of_launched.view());
+    EXPECT_EQ(replayed.ReadClock().now, (token + 1) * kShape.num_layers);
+    if (HasFailure()) return;
+    next_ids();
+  }
+}
+
+}  // namespace
+}  // namespace expertflow

@@ -13,9 +13,11 @@ constexpr double kFastRate = 1.0 / 64;
 constexpr double kSlowRate = 1.0 / 512;
 constexpr double kBurstPercentile = 0.95;
 constexpr double kHysteresisLayers = 0.25;
-constexpr int32_t kLayersBetweenBoosts = 256;
-constexpr double kStallThatRaises = 2e-3;  // of the compute time
-constexpr double kStallThatLowers = 5e-4;
+constexpr int32_t kLayersBetweenBoosts = 1024;
+constexpr double kLateThatRaises = 5e-4;  // of the compute time
+constexpr double kLateThatLowers = 1e-4;
+constexpr double kStallThatKeeps = 0.9;      // of the stall before
+constexpr double kLateThatTriesAgain = 1.5;  // of the lateness when one more did not help
 
 }  // namespace
 
@@ -27,9 +29,11 @@ HorizonController::HorizonController(int32_t max_horizon, int32_t top_k, size_t 
   fetched_.assign(static_cast<size_t>(top_k) + 1, 0.0);
 }
 
-void HorizonController::RecordLayer(double compute_us, double stall_us, int32_t num_fetched) {
+void HorizonController::RecordLayer(double compute_us, double stall_us, double late_stall_us,
+                                    int32_t num_fetched) {
   compute_us_ += (compute_us - compute_us_) * (compute_us_ > 0.0 ? kFastRate : 1.0);
   stall_us_ += (stall_us - stall_us_) * kSlowRate;
+  late_stall_us_ += (late_stall_us - late_stall_us_) * kSlowRate;
   for (double& count : fetched_) count *= 1.0 - kSlowRate;
   fetched_[std::min(static_cast<size_t>(num_fetched), fetched_.size() - 1)] += 1.0;
   num_layers_ = num_layers_ * (1.0 - kSlowRate) + 1.0;
@@ -58,11 +62,33 @@ int32_t HorizonController::Update(double bytes_per_second, double queued_bytes) 
 
 void HorizonController::UpdateBoost() {
   if (++layers_since_boost_ < kLayersBetweenBoosts) return;
-  const bool raise = stall_us_ > kStallThatRaises * compute_us_ && horizon_ < max_horizon_;
-  const bool lower = stall_us_ < kStallThatLowers * compute_us_ && boost_ > 0;
-  if (!raise && !lower) return;
-  boost_ += raise ? 1 : -1;
+  if (is_trial_) {
+    EndTrial();
+  } else if (late_stall_us_ > kLateThatRaises * compute_us_) {
+    TryOneMore();
+  } else if (late_stall_us_ < kLateThatLowers * compute_us_ && boost_ > 0) {
+    --boost_;
+    layers_since_boost_ = 0;
+  }
+}
+
+void HorizonController::TryOneMore() {
+  if (horizon_ >= max_horizon_ || late_stall_us_ < kLateThatTriesAgain * late_when_refused_us_) {
+    return;
+  }
+  ++boost_;
+  is_trial_ = true;
+  stall_before_trial_us_ = stall_us_;
   layers_since_boost_ = 0;
+}
+
+void HorizonController::EndTrial() {
+  is_trial_ = false;
+  layers_since_boost_ = 0;
+  late_when_refused_us_ = 0.0;
+  if (stall_us_ <= kStallThatKeeps * stall_before_trial_us_) return;
+  --boost_;
+  late_when_refused_us_ = late_stall_us_;
 }
 
 }  // namespace expertflow

@@ -22,7 +22,7 @@ PrefetchScheduler::PrefetchScheduler(const PrefetchConfig& config)
       next_pause_layers_(kFirstPauseLayers) {}
 
 int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
-  horizon_.RecordLayer(layer.compute_us, layer.stall_us, layer.num_fetched);
+  horizon_.RecordLayer(layer.compute_us, layer.stall_us, layer.late_stall_us, layer.num_fetched);
   horizon_.Update(layer.bytes_per_second, layer.queued_bytes);
   if (layer.bytes_per_second <= 0.0) return 0;
   transfer_us_ = expert_bytes_ / layer.bytes_per_second * 1e6;

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "core/bandwidth_estimator.h"
@@ -17,7 +19,7 @@ constexpr int32_t kLayersPerToken = 24;
 // A layer every 100 us, one expert to fetch, no stall.
 int32_t Step(HorizonController& controller, double bytes_per_second, int32_t num_fetched = 1,
              double stall_us = 0.0) {
-  controller.RecordLayer(100.0, stall_us, num_fetched);
+  controller.RecordLayer(100.0, stall_us, stall_us, num_fetched);
   return controller.Update(bytes_per_second, 0.0);
 }
 
@@ -35,7 +37,7 @@ TEST(HorizonControllerTest, LooksAheadAsFarAsTheBurstTakes) {
 TEST(HorizonControllerTest, QueuedBytesCount) {
   HorizonController controller(8, 4, kExpertBytes);
   for (int i = 0; i < 1000; ++i) {
-    controller.RecordLayer(100.0, 0.0, 1);
+    controller.RecordLayer(100.0, 0.0, 0.0, 1);
     controller.Update(100e9, 2.0 * kExpertBytes);
   }
   EXPECT_EQ(controller.horizon(), 3);
@@ -81,12 +83,29 @@ TEST(HorizonControllerTest, FollowsTheBandwidthWithin50Tokens) {
   EXPECT_EQ(run_50_tokens(110e9), 1);
 }
 
-TEST(HorizonControllerTest, StallRaisesItAndItsEndLowersIt) {
+// The late stall of a layer, where every layer ahead takes `gain` of it.
+double LateUs(const HorizonController& controller, double gain) {
+  return 8.0 * std::pow(1.0 - gain, controller.horizon());
+}
+
+TEST(HorizonControllerTest, LateStallRaisesItWhileThatHelpsAndItsEndLowersIt) {
   HorizonController controller(8, 4, kExpertBytes);
-  for (int i = 0; i < 20 * 512; ++i) Step(controller, 100e9, 1, 5.0);
+  for (int i = 0; i < 40 * 1024; ++i) Step(controller, 100e9, 1, LateUs(controller, 0.3));
   EXPECT_EQ(controller.horizon(), 8);
-  for (int i = 0; i < 20 * 512; ++i) Step(controller, 100e9, 1, 0.0);
+  for (int i = 0; i < 20 * 1024; ++i) Step(controller, 100e9, 1, 0.0);
   EXPECT_EQ(controller.horizon(), 1);
+}
+
+TEST(HorizonControllerTest, LateStallDoesNotRaiseItWhereThatDoesNotHelp) {
+  HorizonController controller(8, 4, kExpertBytes);
+  for (int i = 0; i < 10 * 1024; ++i) Step(controller, 100e9, 1, LateUs(controller, 0.0));
+  for (int i = 0; i < 40 * 1024; ++i) {
+    ASSERT_EQ(Step(controller, 100e9, 1, LateUs(controller, 0.0)), 1);
+  }
+  // Ten times as late: it is tried again.
+  int32_t highest = 0;
+  for (int i = 0; i < 10 * 1024; ++i) highest = std::max(highest, Step(controller, 100e9, 1, 80.0));
+  EXPECT_EQ(highest, 2);
 }
 
 class PrefetchSchedulerTest : public testing::Test {

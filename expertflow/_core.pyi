@@ -124,3 +124,26 @@ class Predictor:
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
     @property
     def state(self) -> dict[str, NDArray[np.float32]]: ...
+
+MAX_HORIZON: int
+AUTO_HORIZON: int
+
+def simulate(
+    *,
+    expert_ids: NDArray[np.uint16],
+    num_experts: int,
+    predicted_ids: NDArray[np.uint16] | None,
+    predicted_need_q16: NDArray[np.uint16] | None,
+    policy: str,
+    predictor: str,
+    horizon: int,
+    num_slots: int,
+    expert_bytes: int,
+    scope: str,
+    bytes_per_second: float,
+    latency_ns: int,
+    chunk_bytes: int,
+    layer_time_ns: int,
+    expert_share: float,
+    warmup_tokens: int,
+) -> dict[str, int]: ...

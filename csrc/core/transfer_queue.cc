@@ -94,6 +94,17 @@ size_t TransferQueue::queued_bytes() const {
   return bytes;
 }
 
+size_t TransferQueue::prefetch_bytes_until(Tick needed_at) const {
+  size_t bytes = 0;
+  for (const SlotId slot : queued_) {
+    const Transfer& t = transfer(slot);
+    if (t.transfer_class == TransferClass::kPrefetch && t.needed_at <= needed_at) {
+      bytes += t.num_bytes - t.next_offset;
+    }
+  }
+  return bytes;
+}
+
 bool TransferQueue::Precedes(SlotId a, SlotId b) const {
   const auto order = [this](SlotId slot) {
     const Transfer& t = transfer(slot);

@@ -73,6 +73,8 @@ class TransferQueue {
   }
   int32_t chunks_in_flight() const { return chunks_in_flight_; }
   size_t queued_bytes() const;  // not yet handed out
+  // Of these, prefetches that are needed at `needed_at` or before.
+  size_t prefetch_bytes_until(Tick needed_at) const;
 
  private:
   struct Transfer {

@@ -24,6 +24,7 @@
 #include "python/cuda_module.h"
 #include "python/predictor_binding.h"
 #include "python/registered_cache.h"
+#include "python/simulator_module.h"
 
 namespace py = pybind11;
 
@@ -175,6 +176,7 @@ PYBIND11_MODULE(_core, m) {
   DefineCache(m);
   DefineCuda(m);
   DefinePredictor(m);
+  DefineSimulator(m);
 }
 
 }  // namespace expertflow

@@ -170,7 +170,8 @@ class ReferencePlanner {
     const bool by_need = config_.policy == PolicyKind::kPredictedNeed;
     if (by_need && s.predicted >= now) return {3, s.key, id};
     const bool by_frequency = config_.policy == PolicyKind::kDecayedFrequency;
-    if (by_frequency && s.needed > now - num_layers_) return {3, s.key, id};
+    const bool protects = s.needed > now - num_layers_ || s.predicted >= now;
+    if (by_frequency && protects) return {3, s.key, id};
     return {2, s.key, id};
   }
 

@@ -46,12 +46,14 @@ struct DecayedFrequency {
 
   // Protects what the last token used: else, in a table that all layers share, an expert that was
   // just fetched has the lowest frequency of all and would lose its slot to the next layer before
-  // it could be used again.
+  // it could be used again. And what is predicted inside the horizon, as the two-level LRU does: a
+  // prefetched expert is mostly one of low frequency.
   EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotTableView& table,
                                     int32_t slot, Tick now) {
     const int64_t key = table.slot_key[slot];
-    const bool just_used = key >= 0 && table.slot_needed[slot] > now - params.ticks_per_token;
-    return just_used ? key + kProtected : key;
+    const bool just_used = table.slot_needed[slot] > now - params.ticks_per_token;
+    const bool predicted = table.slot_predicted[slot] >= now;
+    return key >= 0 && (just_used || predicted) ? key + kProtected : key;
   }
 };
 

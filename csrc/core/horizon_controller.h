@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace expertflow {
+
+// How many layers ahead to prefetch:
+//
+//   lead = (bytes queued + burst * expert bytes) / bandwidth
+//   S    = clamp(ceil(lead / compute time of a layer) + boost, 0, S_max)
+//
+// All of it is measured while running. The burst is the 95th percentile of the experts that a layer
+// has to fetch, at least 1: fetched in time or not, so that a prefetch that works does not shorten
+// the horizon it works at. Looking no farther than the lead is worth more than it seems: a nearer
+// prediction is a better one, and what is prefetched early holds a slot for longer.
+//
+// The boost is feedback. While prefetches come late by more than a small part of the compute time,
+// one layer more is tried, and kept if the stall falls by a tenth; if not, not again before they
+// come later still. S moves only when the lead is clearly past where S stands. So constant input
+// gives a constant S. Pure: times and measurements are arguments.
+class HorizonController {
+ public:
+  // `top_k`: how many experts a layer needs at most. Throws std::invalid_argument.
+  HorizonController(int32_t max_horizon, int32_t top_k, size_t expert_bytes);
+
+  // A layer has run: how long it computed, how long it waited for experts, part of that for
+  // prefetches in flight, and how many of the experts that the next one needs had to be fetched.
+  void RecordLayer(double compute_us, double stall_us, double late_stall_us, int32_t num_fetched);
+
+  // Takes in the state of the link and returns the new horizon, 0 while the bandwidth is 0, that
+  // is, not measured yet. Once after each RecordLayer.
+  int32_t Update(double bytes_per_second, double queued_bytes);
+
+  int32_t horizon() const { return horizon_; }
+  double compute_us() const { return compute_us_; }  // of one layer
+  int32_t burst() const;
+
+ private:
+  void UpdateBoost();
+  void TryOneMore();
+  void EndTrial();
+
+  int32_t max_horizon_;
+  double expert_bytes_;
+  int32_t lead_layers_ = 0;
+  int32_t boost_ = 0;
+  int32_t horizon_ = 0;
+  int32_t layers_since_boost_ = 0;
+  bool is_trial_ = false;  // of the last layer that was added to the boost
+  double stall_before_trial_us_ = 0.0;
+  double late_when_refused_us_ = 0.0;
+  double compute_us_ = 0.0;  // exponentially weighted, as the next three
+  double stall_us_ = 0.0;
+  double late_stall_us_ = 0.0;
+  double queued_bytes_ = 0.0;
+  std::vector<double> fetched_;  // [top_k + 1] decayed count of layers that fetched so many
+  double num_layers_ = 0.0;      // sum of fetched_
+};
+
+}  // namespace expertflow

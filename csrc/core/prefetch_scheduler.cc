@@ -1,0 +1,78 @@
+#include "core/prefetch_scheduler.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace expertflow {
+namespace {
+
+// The balance of the last 20 to 80 tokens; waste shows late, when the expert is evicted, and the
+// price moves slowly enough not to overshoot meanwhile: by a factor of e in 512 layers at most.
+constexpr double kKeep = 1.0 - 1.0 / 1024;
+constexpr double kPriceRate = 1.0 / 512;
+constexpr double kBalanceWithoutEvidence = 8.0;  // transfers
+constexpr int64_t kFirstPauseLayers = 1024;
+constexpr int64_t kLongestPauseLayers = 32 * kFirstPauseLayers;
+
+}  // namespace
+
+PrefetchScheduler::PrefetchScheduler(const PrefetchConfig& config)
+    : expert_bytes_(static_cast<double>(config.expert_bytes)),
+      horizon_(config.max_horizon, config.top_k, config.expert_bytes),
+      next_pause_layers_(kFirstPauseLayers) {}
+
+int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
+  horizon_.RecordLayer(layer.compute_us, layer.stall_us, layer.late_stall_us, layer.num_fetched);
+  horizon_.Update(layer.bytes_per_second, layer.queued_bytes);
+  if (layer.bytes_per_second <= 0.0) return 0;
+  transfer_us_ = expert_bytes_ / layer.bytes_per_second * 1e6;
+  if (is_paused()) {
+    --layers_paused_;
+  } else {
+    Record(layer);
+    UpdatePrice();
+    PauseIfTooDear();
+  }
+  return horizon();
+}
+
+void PrefetchScheduler::Record(const LayerObservation& layer) {
+  const auto add = [](double& sum, double value) { sum = sum * kKeep + value; };
+  add(balance_.gain, layer.num_prefetch_used - layer.late_stall_us / transfer_us_);
+  add(balance_.wasted, layer.num_prefetch_wasted);
+  add(balance_.regretted, layer.num_prefetch_regretted);
+  add(balance_.busy_us, layer.moved_bytes / expert_bytes_ * transfer_us_);
+  add(balance_.elapsed_us, layer.compute_us + layer.stall_us);
+}
+
+void PrefetchScheduler::UpdatePrice() {
+  const double rho = std::min(balance_.busy_us / std::max(balance_.elapsed_us, 1.0), 1.0);
+  const double cost = 2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted);
+  const double allowed = kCostShare * std::max(balance_.gain, 0.0);
+  const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
+  price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);
+}
+
+void PrefetchScheduler::PauseIfTooDear() {
+  if (price_ < 1.0) next_pause_layers_ = kFirstPauseLayers;
+  if (price_ < kMaxPrice) return;
+  layers_paused_ = next_pause_layers_;
+  next_pause_layers_ = std::min(2 * next_pause_layers_, kLongestPauseLayers);
+  price_ = kFirstPrice;
+  balance_ = {};
+}
+
+bool PrefetchScheduler::Expects(const Prediction& prediction) const {
+  const auto need = static_cast<double>(prediction.need);
+  return need >= (1.0 - need) * price_;
+}
+
+bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead) const {
+  const double ahead_us = bytes_ahead / expert_bytes_ * transfer_us_;
+  const double idle_us = prediction.distance * horizon_.compute_us() - ahead_us;
+  const double hidden_us = std::min(idle_us, transfer_us_);
+  const auto need = static_cast<double>(prediction.need);
+  return hidden_us > 0.0 && need * hidden_us >= (1.0 - need) * price_ * transfer_us_;
+}
+
+}  // namespace expertflow

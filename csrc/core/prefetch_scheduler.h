@@ -1,0 +1,111 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/horizon_controller.h"
+
+namespace expertflow {
+
+// An expert that the layer `distance` steps ahead may need, with the probability that it does.
+struct Prediction {
+  int32_t distance;
+  int32_t expert;
+  float need;
+};
+
+struct PrefetchConfig {
+  int32_t max_horizon = 8;
+  int32_t top_k = 1;
+  size_t expert_bytes = 0;
+};
+
+// What happened since the last call; all of it measured. Counts of prefetched experts are those of
+// PrefetchLedger.
+struct LayerObservation {
+  double compute_us = 0.0;     // of the layer that ran last, without stalls
+  double stall_us = 0.0;       // waits for experts
+  double late_stall_us = 0.0;  // part of it: waits for prefetches in flight
+  int32_t num_fetched = 0;     // experts that the layer planned now had to fetch, in time or not
+  int32_t num_prefetch_used = 0;
+  int32_t num_prefetch_wasted = 0;
+  int32_t num_prefetch_regretted = 0;
+  double moved_bytes = 0.0;       // prefetched and demanded
+  double bytes_per_second = 0.0;  // of the link; 0: not measured yet
+  double queued_bytes = 0.0;
+};
+
+// Decides which predicted experts to prefetch. For each planned layer:
+//
+//   horizon = BeginLayer(observation)
+//   predict up to `horizon` layers ahead: nearer layers first, the more probable first
+//   for each that is resident and Expects(prediction): protect it in the slot table
+//   for each that is not and Admits(prediction, bytes ahead of it): post it
+//
+// An expert is admitted if the part of its transfer that fits into the idle time of the link before
+// its layer is worth what it costs should it be wrong:
+//
+//   need * hidden >= (1 - need) * price * transfer
+//       transfer = expert bytes / bandwidth
+//       hidden   = min(transfer, distance * compute time of a layer - bytes ahead / bandwidth)
+//
+// What a wrong transfer costs is not known beforehand, so the price follows the balance of those
+// that were made, in transfers, over the last tokens:
+//
+//   cost = 2 (wasted * rho^3 + regretted)
+//       rho       = share of the time in which the link is busy: on an idle one a wrong transfer is
+//                   in nobody's way, on a full one it delays more than itself
+//       regretted = those wasted ones whose victim was missed meanwhile; its return costs another
+//                   expert its slot, so it counts twice
+//   gain = used - late stall / transfer
+//
+// The exponent and the factors are fits: the simulator's traces and profiles, bench/paper/.
+// It settles where the cost is kCostShare of the gain: what the last prefetches cost is about twice
+// the average. If it climbs to kMaxPrice, prefetching does not pay: the horizon is 0 for a while,
+// twice as long each time. Pure: times are arguments.
+class PrefetchScheduler {
+ public:
+  static constexpr double kCostShare = 0.5;
+  static constexpr double kMinPrice = 1.0 / 32;
+  static constexpr double kFirstPrice = 2.0;  // also after a pause
+  static constexpr double kMaxPrice = 4.0;
+
+  explicit PrefetchScheduler(const PrefetchConfig& config);
+
+  // Returns how many layers ahead to predict and prefetch now.
+  int32_t BeginLayer(const LayerObservation& layer);
+
+  // Whether the expert, which is resident, should stay until its layer.
+  bool Expects(const Prediction& prediction) const;
+
+  // `bytes_ahead`: queued prefetches that are needed no later than this one.
+  bool Admits(const Prediction& prediction, double bytes_ahead) const;
+
+  int32_t horizon() const { return is_paused() ? 0 : horizon_.horizon(); }
+  double price() const { return price_; }
+
+ private:
+  bool is_paused() const { return layers_paused_ > 0; }
+  void Record(const LayerObservation& layer);
+  void UpdatePrice();
+  void PauseIfTooDear();
+
+  // Sums over layers, the older ones decayed.
+  struct Balance {
+    double gain = 0.0;       // transfers that prefetches hid
+    double wasted = 0.0;     // transfers
+    double regretted = 0.0;  // evictions
+    double busy_us = 0.0;    // of the link
+    double elapsed_us = 0.0;
+  };
+
+  double expert_bytes_;
+  HorizonController horizon_;
+  Balance balance_;
+  double transfer_us_ = 0.0;  // of one expert; 0: the bandwidth is not known yet
+  double price_ = kFirstPrice;
+  int64_t layers_paused_ = 0;  // that are still to come
+  int64_t next_pause_layers_;
+};
+
+}  // namespace expertflow

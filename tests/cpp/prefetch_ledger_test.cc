@@ -1,0 +1,87 @@
+#include "core/prefetch_ledger.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "core/planner.h"
+
+namespace expertflow {
+namespace {
+
+// One layer of 8 experts, top-1, two slots.
+class PrefetchLedgerTest : public testing::Test {
+ protected:
+  void Need(int64_t expert) {
+    const std::vector<int64_t> ids{expert};
+    const Plan* plan = planner_.PlanLayer(0, ids, 1, ++now_);
+    ASSERT_NE(plan, nullptr);
+    ledger_.RecordPlan(*plan);
+    planner_.Publish(plan->rows[0].slot);
+  }
+
+  // It arrives at once, unless `is_late`.
+  void Prefetch(int32_t expert, bool is_late = false) {
+    const SlotId slot = planner_.PlanPrefetch({0, expert}, now_, now_);
+    ASSERT_NE(slot, SlotId::kNone);
+    ledger_.RecordPrefetch(slot, {0, expert}, now_);
+    if (!is_late) planner_.Publish(slot);
+  }
+
+  void ExpectCounts(int32_t used, int32_t ready, int32_t wasted, int32_t regretted) {
+    const PrefetchLedger::Counts counts = ledger_.TakeCounts();
+    EXPECT_EQ(counts.used, used);
+    EXPECT_EQ(counts.ready, ready);
+    EXPECT_EQ(counts.wasted, wasted);
+    EXPECT_EQ(counts.regretted, regretted);
+  }
+
+  SlotTable table_{1, 8, 2};
+  Planner planner_{table_, {.top_k = 1, .expert_bytes = 1, .policy = PolicyKind::kLru}};
+  PrefetchLedger ledger_{table_.view()};
+  Tick now_ = 0;
+};
+
+TEST_F(PrefetchLedgerTest, CountsTheFirstUseOnly) {
+  Need(0);
+  Prefetch(1);
+  Need(1);
+  Need(1);
+  ExpectCounts(1, 1, 0, 0);
+  ExpectCounts(0, 0, 0, 0);
+}
+
+TEST_F(PrefetchLedgerTest, LateIsUsedButNotReady) {
+  Need(0);
+  Prefetch(1, /*is_late=*/true);
+  Need(1);
+  ExpectCounts(1, 0, 0, 0);
+}
+
+TEST_F(PrefetchLedgerTest, EvictedWithoutAUseIsWasted) {
+  Need(0);
+  Prefetch(1);
+  Need(0);
+  Need(2);  // evicts 1, whose slot was empty before
+  ExpectCounts(0, 0, 1, 0);
+}
+
+TEST_F(PrefetchLedgerTest, VictimThatIsMissedMeanwhileIsRegretted) {
+  Need(0);
+  Need(1);
+  Prefetch(2);  // evicts 0
+  Need(0);      // a miss, which evicts 2
+  ExpectCounts(0, 0, 1, 1);
+}
+
+TEST_F(PrefetchLedgerTest, MissBeforeThePrefetchIsNoRegret) {
+  Need(0);
+  Need(1);
+  Prefetch(2);  // evicts 0, which was missed before only
+  Need(1);
+  Need(3);  // evicts 2
+  ExpectCounts(0, 0, 1, 0);
+}
+
+}  // namespace
+}  // namespace expertflow

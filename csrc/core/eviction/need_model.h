@@ -12,15 +12,14 @@ namespace expertflow {
 //
 // Logistic regression on which experts were routed of late, one weight per pair of experts:
 //   logit[e] = 2 f[e] + sum over sources s, over routed r in s: weight[layer][s][r][e]
-//   sources    the layer's experts of this token and of the last one; those of the kLayersBack
-//   layers
-//              before it
-//   f[e]       share of tokens that used e, averaged over the last 1 / kFrequencyRate tokens
-// The label is the need, 1 if the next token uses e, falling linearly to 0 at `window` tokens, a
-// few times the tokens that it takes to fill the layer's part of the cache: it is what Belady's
-// rule orders by, cut where no cache of that size could keep the expert. Plain gradient steps of a
-// constant rate did better than decaying ones, because topics change. The score averages the logits
-// of the last tokens.
+//   sources    the layer's experts now and at the last token; those of kLayersBack layers before it
+//   f[e]       share of the layer's tokens that used e, averaged over 8 tokens
+// The label is the need, 1 if the next token uses e, falling linearly to 0 at `window` tokens: what
+// Belady's rule orders by, cut where no cache of that size could keep the expert. Plain gradient
+// steps of a constant rate did better than decaying ones, because topics change. The score averages
+// the logits of the last tokens.
+//
+// docs/eviction.md has what this reaches, and what else was tried.
 //
 // Integers only, so the same ids give the same scores everywhere, whatever the compiler contracts
 // or reorders. Memory: (2 + kLayersBack) * num_layers * num_experts^2 weights of two bytes.

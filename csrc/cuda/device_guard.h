@@ -1,22 +1,12 @@
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include "cuda/cuda_error.h"
-
 namespace expertflow {
 
-// Makes a device current in this thread for as long as it lives.
+// Makes a device current in this thread for as long as it lives. Throws CudaError if that fails.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    EXPERTFLOW_CUDA_CHECK(cudaGetDevice(&before_));
-    if (device != before_) EXPERTFLOW_CUDA_CHECK(cudaSetDevice(device));
-    changed_ = device != before_;
-  }
-  ~DeviceGuard() {
-    if (changed_) EXPERTFLOW_CUDA_WARN(cudaSetDevice(before_));
-  }
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 

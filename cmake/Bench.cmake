@@ -1,4 +1,5 @@
-# One executable for each bench/cpp/*_bench.cc. The kernels that the CUDA benchmarks compare with
+# One executable for each bench/cpp/*_bench.cc, and each *_replay.cc, which a script in bench/ runs.
+# The kernels that the CUDA benchmarks compare with
 # are in bench/cpp/*.cu.
 
 find_package(benchmark REQUIRED)
@@ -11,7 +12,8 @@ if(EXPERTFLOW_WITH_CUDA)
   target_link_libraries(expertflow_bench_kernels PRIVATE expertflow_cuda expertflow_flags)
 endif()
 
-file(GLOB benchmarks CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/bench/cpp/*_bench.cc")
+file(GLOB benchmarks CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/bench/cpp/*_bench.cc"
+  "${PROJECT_SOURCE_DIR}/bench/cpp/*_replay.cc")
 foreach(source ${benchmarks})
   cmake_path(GET source STEM name)
   if(name MATCHES "^cuda_" AND NOT EXPERTFLOW_WITH_CUDA)

@@ -9,6 +9,7 @@
 #include <memory>
 #include <numeric>
 #include <span>
+#include <thread>
 #include <vector>
 
 #include "core/cache_control.h"
@@ -26,8 +27,8 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kExpertBytes = 9 * kMiB;
 constexpr int32_t kExperts = 256;
-constexpr int32_t kBatch = 96;            // experts in a full queue
-constexpr int32_t kSlots = kBatch;        // so that two batches in turn never hit
+constexpr int32_t kBatch = 64;          // experts in a full queue
+constexpr int32_t kSlots = 2 * kBatch;  // for the batch of the current plan and another one
 constexpr size_t kChunkBytes = 5 * kMiB;  // as expertflow/cache.py has it
 
 double NowUs() {
@@ -133,6 +134,7 @@ class Batches {
     const std::span<const int64_t> batch = std::span(ids_).subspan(turn_ * kBatch, kBatch);
     if (cache_.Prefetch(0, batch, 1) != kBatch) return 0.0;
     while (cache_.statistics()[0].prefetch_bytes < int64_t{kBatch} * int64_t{kExpertBytes}) {
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
     const double us = NowUs() - begin_us;
     Use();

@@ -26,9 +26,9 @@ def make_pool(layers: int) -> tuple[_core.ExpertLayout, _core.PinnedPool]:
     shapes = {"gate_up_proj": 2 * INTERMEDIATE * HIDDEN, "down_proj": INTERMEDIATE * HIDDEN}
     layout = _core.ExpertLayout([(role, "bfloat16", size) for role, size in shapes.items()])
     pool = _core.RamPool(layout, layers * EXPERTS)
+    some = (torch.randn(7, layout.slot_bytes // 2) * 0.02).bfloat16().view(torch.uint8)
     for expert in range(layers * EXPERTS):
-        weights = (torch.randn(layout.slot_bytes // 2) * 0.02).bfloat16().view(torch.uint8)
-        torch.from_numpy(pool.expert_memory(expert)).copy_(weights)
+        torch.from_numpy(pool.expert_memory(expert)).copy_(some[expert % 7])
     pinned = _core.PinnedPool(pool, DEVICE.index, is_required=True)
     pinned.pin(0, layers * EXPERTS)
     return layout, pinned

@@ -13,9 +13,9 @@ import torch
 
 import expertflow
 from expertflow import experts
+from expertflow._core import POLICIES
 from expertflow.demo import DEMO_MODEL
 
-POLICIES = ("lru", "decayed_frequency", "two_level_lru", "on_demand")
 BATCH, NEW_TOKENS = 16, 64
 
 

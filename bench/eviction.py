@@ -2,9 +2,9 @@
 
 The protocol: the first 16,000 tokens of a trace, of which the second half counts; one cache per
 layer, 25 % and 50 % of its experts rounded down to whole slots; nothing is prefetched. The policies
-run in the library's own planner (build/dev/eviction_bench, built by `make bench`).
+run in the library's own planner (build/dev/eviction_replay, built by `make bench`).
 
-    python bench/eviction_bench.py TRACE.npz... [--scope global] [--first-token 16000]
+    python bench/eviction.py TRACE.npz... [--scope global] [--first-token 16000]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BINARY = REPOSITORY / "build" / "dev" / "eviction_bench"
+BINARY = REPOSITORY / "build" / "dev" / "eviction_replay"
 FRACTIONS = (0.25, 0.5)
 
 

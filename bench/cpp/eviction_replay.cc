@@ -1,8 +1,8 @@
 // Replays recorded routing through the planner and its policies, and through Belady's rule:
 //
-//   eviction_bench IDS.npy num_experts scope slots_per_layer...
+//   eviction_replay IDS.npy num_experts scope slots_per_layer...
 //
-// IDS.npy holds expert ids [tokens, layers, top_k] (bench/eviction_bench.py makes it of a trace).
+// IDS.npy holds expert ids [tokens, layers, top_k] (bench/eviction.py makes it of a trace).
 // Nothing is prefetched. Prints one line per policy and size: policy, slots per layer, hit rate
 // over the second half of the tokens, CPU microseconds per planned layer.
 
@@ -122,7 +122,7 @@ double BeladyHitRate(const Routes& routes, CacheScope scope, int32_t slots_per_l
 
 int Run(std::span<char*> arguments) {
   if (arguments.size() < 5) {
-    throw std::runtime_error("usage: eviction_bench IDS.npy num_experts scope slots_per_layer...");
+    throw std::runtime_error("usage: eviction_replay IDS.npy num_experts scope slots_per_layer...");
   }
   Trace trace = ReadTrace(arguments[1]);
   const Routes routes{trace.num_layers, std::atoi(arguments[2]), trace.top_k, std::move(trace.ids)};
@@ -147,7 +147,7 @@ int main(int argc, char** argv) {
   try {
     return expertflow::Run({argv, static_cast<size_t>(argc)});
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "eviction_bench: %s\n", error.what());
+    std::fprintf(stderr, "eviction_replay: %s\n", error.what());
     return EXIT_FAILURE;
   }
 }

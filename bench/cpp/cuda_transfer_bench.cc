@@ -27,8 +27,8 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kExpertBytes = 9 * kMiB;
 constexpr int32_t kExperts = 256;
-constexpr int32_t kBatch = 64;          // experts in a full queue
-constexpr int32_t kSlots = 2 * kBatch;  // for the batch of the current plan and another one
+constexpr int32_t kBatch = 64;            // experts in a full queue
+constexpr int32_t kSlots = 2 * kBatch;    // for the batch of the current plan and another one
 constexpr size_t kChunkBytes = 5 * kMiB;  // as expertflow/cache.py has it
 
 double NowUs() {

@@ -110,6 +110,14 @@ def test_bits_do_not_depend_on_prefetches(aligned_checkpoint, family):
     assert cache.statistics()["prefetch_bytes"] > 0
 
 
+def test_bits_do_not_depend_on_the_predictor(aligned_checkpoint):
+    path = aligned_checkpoint("qwen3_moe")
+    expected = outputs(load(path, torch.bfloat16))
+    model = use(load(path, torch.bfloat16, prefetch="auto"), CacheOptions("50%"))
+    assert same_bits(outputs(model), expected)
+    assert model.expert_cache.statistics()["prefetch_bytes"] > 0
+
+
 @pytest.mark.parametrize("pin_memory", [True, False, None])
 def test_memory_may_be_pinned_or_not(aligned_checkpoint, pin_memory):
     model = use(load(aligned_checkpoint("olmoe"), pin_memory=pin_memory), SMALLEST)
@@ -187,6 +195,23 @@ def test_compute_slots_can_be_captured():
     assert torch.equal(output, expected)
     with pytest.raises(ValueError, match="slot 8 does not exist"):
         ops.compute_slots(cache.handle, ids + 3, hidden, weights, output)
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weighted_sum_rounds_as_torch_does(weights_dtype):
+    torch.manual_seed(0)
+    partial = torch.randn(300 * 6, 136, device=CUDA, dtype=torch.bfloat16)
+    weights = torch.rand(300, 6, device=CUDA).to(weights_dtype)
+    weighted = partial.view(300, 6, 136) * weights.unsqueeze(-1)
+    expected = weighted.sum(dim=1).to(torch.bfloat16)
+    assert torch.equal(ops.weighted_sum(partial, weights), expected)
+
+
+def test_upload_takes_more_than_a_launch_can_carry():
+    values = list(range(-1000, 1500))
+    assert ops.upload(values, CUDA).tolist() == values
+    with pytest.raises(ValueError, match="int32"):
+        torch.ops.expertflow.upload(torch.zeros(3), torch.empty(3, device=CUDA))
 
 
 def test_a_stream_of_the_callers(aligned_checkpoint):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .experts import StreamedExperts
 from .predictor import ExpertPredictor
+from .traces import Trace, make_trace
 
 _MAX_WINDOW_TOKENS = 1024
 
@@ -28,15 +29,14 @@ class Window:
     hidden: NDArray[np.float32]  # [tokens, layers, hidden], the router inputs
 
 
-def record(model: Any, token_ids: Tensor, *, predictions: bool = False) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a trace of `token_ids` [tokens], run in windows.
+def record(model: Any, token_ids: Tensor, *, predictions: bool = False) -> Trace:
+    """Return a trace of `token_ids` [tokens], run in windows.
 
     Each window is a sequence of its own, of at most 1024 tokens. With `predictions`, a fresh
     predictor runs over the tokens as if they were decoded one by one, and what it foresaw at each
     distance is added: `predicted_ids` and `predicted_need` [tokens, layers, distances, 2k].
     """
     experts = _experts(model)
-    id_type = np.uint8 if experts[0].num_experts <= 1 << 8 else np.uint16
     top_k = model.expert_cache.top_k
     num_ranked = min(2 * top_k, experts[0].num_experts)
     predictor = ExpertPredictor.for_model(model) if predictions else None
@@ -44,20 +44,21 @@ def record(model: Any, token_ids: Tensor, *, predictions: bool = False) -> dict[
     offsets = [0]
     for window in windows(model, token_ids):
         rows: dict[str, NDArray[Any]] = {
-            "expert_ids": window.expert_ids.astype(id_type),
+            "expert_ids": window.expert_ids,
             "weights": window.weights.astype(np.float16),
         }
         if predictor is not None:
             ids, need = predictor.replay(window.hidden, window.token_ids, num_ranked)
-            rows["predicted_ids"] = ids.astype(id_type)
+            rows["predicted_ids"] = ids
             rows["predicted_need"] = need.astype(np.float16)
         for name, values in rows.items():
             parts.setdefault(name, []).append(values)
         offsets.append(offsets[-1] + len(window.token_ids))
-    return {name: np.concatenate(values) for name, values in parts.items()} | {
+    arrays = {name: np.concatenate(values) for name, values in parts.items()} | {
         "sequence_offsets": np.array(offsets, np.int64),
         "num_experts": np.array(experts[0].num_experts, np.int64),
     }
+    return make_trace(arrays)
 
 
 def windows(model: Any, token_ids: Tensor) -> Iterator[Window]:

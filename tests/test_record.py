@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, make_model
 from expertflow import cli
 from expertflow.demo import DEMO_MODEL
 from expertflow.record import record
+from expertflow.traces import load_trace
 
 TEXT = "KING HENRY:\nOnce more unto the breach, dear friends, once more.\n" * 4
 
@@ -18,8 +19,8 @@ def test_trace_is_what_transformers_routers_do(tiny_streamed, family):
     streamed = use(tiny_streamed(family), EVERYTHING_CACHED)
     token_ids = torch.arange(600) * 7 % 96  # more than a window of 512
     trace = record(streamed, token_ids)
-    assert trace["sequence_offsets"].tolist() == [0, 512, 600]
-    assert trace["expert_ids"].dtype == np.uint8 and trace["num_experts"] == 8
+    assert trace.sequence_offsets.tolist() == [0, 512, 600]
+    assert trace.num_experts == 8
 
     model = make_model(family)
     routed = []
@@ -28,18 +29,18 @@ def test_trace_is_what_transformers_routers_do(tiny_streamed, family):
             module.register_forward_hook(lambda *call: routed.append(call[-1][1:]))
     with torch.no_grad():
         model(token_ids[None, :512])
-    assert len(routed) == trace["expert_ids"].shape[1]
+    assert len(routed) == trace.expert_ids.shape[1]
     for layer, (weights, ids) in enumerate(routed):
         weights, order = weights.float().sort(dim=-1, descending=True)
-        assert np.array_equal(trace["expert_ids"][:512, layer], ids.gather(-1, order).numpy())
-        np.testing.assert_allclose(trace["weights"][:512, layer], weights.numpy(), rtol=2e-3)
+        assert np.array_equal(trace.expert_ids[:512, layer], ids.gather(-1, order).numpy())
+        np.testing.assert_allclose(trace.weights[:512, layer], weights.numpy(), rtol=2e-3)
 
 
 def test_predictions_name_the_layer_they_are_for(tiny_streamed):
     streamed = use(tiny_streamed("mixtral"), EVERYTHING_CACHED)
     trace = record(streamed, torch.arange(100) % 5 + 2, predictions=True)
-    ids, need = trace["predicted_ids"], trace["predicted_need"]
-    tokens, layers, top_k = trace["expert_ids"].shape
+    ids, need = trace.predicted_ids, trace.predicted_need
+    tokens, layers, top_k = trace.expert_ids.shape
     assert ids.shape == need.shape == (tokens, layers, 8, 2 * top_k)
     assert need.dtype == np.float16
     for layer in range(layers):
@@ -50,7 +51,7 @@ def test_predictions_name_the_layer_they_are_for(tiny_streamed):
                 continue
             assert (here[:, :-1] >= here[:, 1:]).all() and (here > 0).all()
             # Five tokens that come again and again: by the end it knows them.
-            routed = trace["expert_ids"][80:, layer + distance]
+            routed = trace.expert_ids[80:, layer + distance]
             found = ids[80:, layer, distance - 1, :top_k, None] == routed[:, None]
             assert found.any(-1).mean() > 0.8
 
@@ -77,6 +78,8 @@ def test_command_writes_a_trace(tmp_path, capsys):
             "predicted_need",
         }
         assert trace["expert_ids"].shape == (40, 8, 2)
+        assert trace["expert_ids"].dtype == np.uint8
+    assert load_trace(out).predicted_ids.shape == (40, 8, 8, 4)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["text.txt", "trace.npz"]
 
 

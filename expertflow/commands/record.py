@@ -36,12 +36,12 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import numpy as np
     import torch
     from transformers import AutoTokenizer
 
     from ..loading import from_pretrained
     from ..record import record
+    from ..traces import save_trace
 
     text = options.text.read_text(encoding="utf-8")
     if not options.out.parent.is_dir():
@@ -58,15 +58,10 @@ def _run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         progress=sys.stderr.isatty(),
     )
-    arrays = record(model, token_ids, predictions=options.predictions)
-    part = options.out.with_name(options.out.name + ".part")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        part.replace(options.out)
-    finally:
-        part.unlink(missing_ok=True)
-    tokens, layers, top_k = arrays["expert_ids"].shape
-    message = f"{options.out}: {tokens} tokens, {layers} layers, top-{top_k}"
+    trace = record(model, token_ids, predictions=options.predictions)
+    save_trace(options.out, trace)
+    message = (
+        f"{options.out}: {trace.num_tokens} tokens, {trace.num_layers} layers, top-{trace.top_k}"
+    )
     print(message, file=sys.stderr)
     return 0

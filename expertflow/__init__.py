@@ -6,13 +6,17 @@ from .errors import CheckpointError, CudaError, TransferError, UnsupportedModelE
 from .loading import from_pretrained
 from .model_info import ModelInfo, model_info
 from .moe_layer import MoELayer
+from .predictor import ExpertPredictor
+from .routers import Routers
 
 __all__ = [
     "CheckpointError",
     "CudaError",
     "ExpertCache",
+    "ExpertPredictor",
     "MoELayer",
     "ModelInfo",
+    "Routers",
     "TransferError",
     "UnsupportedModelError",
     "build_info",

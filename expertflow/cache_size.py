@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._core import min_slots
+from ._core import POLICIES, min_slots
 from .memory import AvailableMemory, check_ram, format_size, parse_size
-
-POLICIES = ("decayed_frequency", "lru", "two_level_lru", "on_demand")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import torch
 
 from .generation import Generation, generate
 from .loading import from_pretrained
+from .results_table import results_table
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 _PROMPT = "ROMEO:\nBut soft, what light"
@@ -17,8 +18,6 @@ _EXPERT_CACHE = "25%"
 def run_demo() -> None:
     """Print a continuation as it is generated, then compare caches, all measured in this run."""
     from transformers import AutoTokenizer, TextStreamer
-
-    from .cli import results_table
 
     out = sys.stdout
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)

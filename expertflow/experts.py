@@ -7,7 +7,7 @@ grouped_mm and batched_mm round them, so that in bf16 the logits are as good as 
 same bits.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -19,6 +19,10 @@ from .cache import ExpertCache, ExpertMlp, ExpertWeights
 from .errors import UnsupportedModelError
 from .grouped import GroupedMlp, can_group, compute_grouped
 from .unsupported import refuse_conversion
+
+# Given a layer's number and its router input [tokens, hidden]: pairs of (distance in MoE layers,
+# ids of the experts that the layer so far ahead will probably need, the most probable first).
+Predictor = Callable[[int, Tensor], Iterable[tuple[int, Tensor]]]
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
 
@@ -43,7 +47,8 @@ def compute_experts(
         expert_weights: [tokens, k], any floating dtype.
         expert_mlp: one expert.
         grouped_mlp: several experts, if `can_group(cache)`; used for many tokens.
-        on_planned: called once the missing experts are on their way; the place to prefetch.
+        on_planned: called once, when the first missing experts are on their way; the place to
+            prefetch.
 
     Raises:
         TransferError: an expert could not be read.
@@ -68,6 +73,7 @@ def compute_experts(
                 expert_mlp,
                 grouped_mlp,
             )
+            on_planned = None
             outputs.append(output)
     if not outputs:
         return hidden_states.new_zeros(hidden_states.shape)
@@ -88,11 +94,12 @@ def _compute_block(
     is_decode = num_tokens <= ops.MAX_COMPUTE_TOKENS and num_tokens * top_k <= ops.MAX_COMPUTE_PAIRS
     if cache.mlp_hidden is not None and is_decode:
         return ops.compute(cache.handle, hidden_states.contiguous(), expert_weights.contiguous())
-    partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
     if grouped_mlp is not None:
-        compute_grouped(cache, rows, hidden_states, expert_ids, grouped_mlp, partial)
+        partial = compute_grouped(cache, rows, hidden_states, expert_ids, grouped_mlp)
+        if expert_weights.dtype in (hidden_states.dtype, torch.float32):
+            return ops.weighted_sum(partial, expert_weights.contiguous())
     else:
-        _compute_rows(cache, rows, hidden_states, expert_ids, expert_mlp, partial)
+        partial = _compute_rows(cache, rows, hidden_states, expert_ids, expert_mlp)
     weighted = partial.view(num_tokens, top_k, -1) * expert_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
@@ -103,10 +110,10 @@ def _compute_rows(
     hidden_states: Tensor,
     expert_ids: Tensor,
     expert_mlp: ExpertMlp,
-    partial: Tensor,
-) -> None:
-    """Fill `partial` [tokens * k, hidden], expert by expert."""
+) -> Tensor:
+    """Return what each expert makes of each of its tokens, [tokens * k, hidden]."""
     num_tokens, top_k = expert_ids.shape
+    partial = hidden_states.new_empty(num_tokens * top_k, hidden_states.shape[-1])
     places = _places_by_expert(expert_ids, rows)
     for index, (expert, slot, state, _, next_row, _) in enumerate(rows):
         if state != ops.HIT:
@@ -116,6 +123,7 @@ def _compute_rows(
         partial[place] = expert_mlp(tokens, cache.slot_weights(slot))
         if next_row != ops.NO_ROW:
             ops.release(cache.handle, index)
+    return partial
 
 
 def _places_by_expert(expert_ids: Tensor, rows: list[list[int]]) -> dict[int, Tensor]:
@@ -135,6 +143,18 @@ def _silu_gate(gate_up: Tensor) -> Tensor:
 def _gpt_oss_gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def prefetch_foreseen(
+    predictor: Predictor | None, cache: ExpertCache, layer: int, hidden_states: Tensor
+) -> None:
+    """Fetch what `predictor` expects of later layers, behind what `layer` waits for."""
+    if predictor is None:
+        return
+    for distance, expert_ids in predictor(layer, hidden_states):
+        target = layer + distance
+        if target < cache.num_layers:
+            cache.prefetch(target, expert_ids, distance)
 
 
 class StreamedExperts(nn.Module):
@@ -159,6 +179,7 @@ class StreamedExperts(nn.Module):
         self.cache: ExpertCache | None = None
         self.layer_index = -1
         self._can_group = False
+        self.predictor: Predictor | None = None
 
     def bind(self, cache: ExpertCache, layer_index: int) -> None:
         """Take the experts from MoE layer `layer_index` of `cache`."""
@@ -192,20 +213,11 @@ class StreamedExperts(nn.Module):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Refused if `state_dict` has experts: with strict=False torch would drop them."""
-        if given := sorted(name for name in state_dict if name.startswith(prefix)):
-            raise UnsupportedModelError(
-                f"load_state_dict() of a streamed model would leave out its experts, such as "
-                f"{given[0]}: they are read from the checkpoint. Save the weights as a checkpoint "
-                "with transformers and load that with expertflow.from_pretrained."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """Behind half(), to(), ... of a part of the model: refused where it would change it."""
+        """Behind half(), to(), ... of a part of the model: refused where it would change it.
+
+        torch asks one module after the other: those before the experts have changed by then.
+        """
         if self.cache is not None:
             dtype = getattr(torch, self.cache.layout.segments[0][1])
             refuse_conversion(fn, torch.empty(0, dtype=dtype))
@@ -240,14 +252,18 @@ class StreamedExperts(nn.Module):
     def compute(self, hidden_states: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H], with the experts of the cache."""
         assert self.cache is not None
+        cache = self.cache
         return compute_experts(
-            self.cache,
+            cache,
             self.layer_index,
             hidden_states,
             expert_ids,
             expert_weights,
             self.expert_mlp,
             self.grouped_mlp if self._can_group else None,
+            on_planned=lambda: prefetch_foreseen(
+                self.predictor, cache, self.layer_index, hidden_states
+            ),
         )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -277,6 +293,33 @@ class StreamedExperts(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             output = self.forward(hidden_states.to(self.cache.dtype), top_k_index, top_k_weights)
         return output.to(hidden_states.dtype)
+
+
+def refuse_loading_experts(model: nn.Module) -> None:
+    """Have load_state_dict() of `model` and of its parts refuse experts, before it loads anything.
+
+    With strict=False torch would drop them.
+    """
+    for module in model.modules():
+        if any(isinstance(part, StreamedExperts) for part in module.modules()):
+            module.register_load_state_dict_pre_hook(_refuse_given_experts)
+
+
+def _refuse_given_experts(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """A hook of load_state_dict(), where `module` is called `prefix`."""
+    inside = tuple(
+        f"{prefix}{name}." if name else prefix
+        for name, part in module.named_modules()
+        if isinstance(part, StreamedExperts)
+    )
+    if given := sorted(name for name in state_dict if name.startswith(inside)):
+        raise UnsupportedModelError(
+            f"load_state_dict() of a streamed model would leave out its experts, such as "
+            f"{given[0]}: they are read from the checkpoint. Save the weights as a checkpoint "
+            "with transformers and load that with expertflow.from_pretrained."
+        )
 
 
 # It reads back from the device: no CUDA graph can hold it, so inductor cuts its graphs around it.

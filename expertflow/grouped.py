@@ -6,6 +6,7 @@ does not depend on what the cache holds.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -36,9 +37,8 @@ def compute_grouped(
     hidden_states: Tensor,
     expert_ids: Tensor,
     grouped_mlp: GroupedMlp,
-    partial: Tensor,
-) -> None:
-    """Fill `partial` [tokens * k, hidden] with what each expert makes of each of its tokens.
+) -> Tensor:
+    """Return what each expert makes of each of its tokens, [tokens * k, hidden].
 
     Args:
         cache: it has begun the layer.
@@ -46,26 +46,46 @@ def compute_grouped(
         hidden_states: [tokens, hidden].
         expert_ids: int64 [tokens, k].
         grouped_mlp: some experts.
-        partial: the result.
     """
     num_hits = sum(row[ops.STATE] == ops.HIT for row in rows)  # they come first
     by_slot = sorted(range(num_hits), key=lambda index: rows[index][ops.SLOT])
-    order = _Order(cache, rows, [*by_slot, *range(num_hits, len(rows))], expert_ids)
+    order = [*by_slot, *range(num_hits, len(rows))]
+    windows = _windows([rows[index][ops.SLOT] for index in by_slot])
+    counts = [rows[index][ops.COUNT] for index in order]
+    ends = list(accumulate(counts, initial=0))
 
-    def compute(first: int, last: int) -> None:
-        places = order.places(first, last)
-        weights, counts = order.window(first, last)
-        tokens = hidden_states[places // expert_ids.shape[1]]
-        partial[places] = grouped_mlp(tokens, weights, counts, counts.cumsum(0, dtype=torch.int32))
+    # All that the device must know of the plan, in one go.
+    rank_of = [0] * cache.num_experts
+    for rank, index in enumerate(order):
+        rank_of[rows[index][ops.EXPERT]] = rank
+    window_counts = [_counts_by_slot(rows, by_slot[first:last]) for first, last in windows]
+    uploaded = ops.upload([*rank_of, *counts, *chain(*window_counts)], expert_ids.device)
+    ranks, counts_by_rank, *counts_by_slot = uploaded.split(
+        [len(rank_of), len(counts), *map(len, window_counts)]
+    )
 
-    for first, last in order.windows(num_hits):
-        compute(first, last)
+    places = ranks[expert_ids.view(-1)].to(torch.int16).argsort(stable=True)
+    tokens = hidden_states[places // expert_ids.shape[1]]  # in the order of the ranks
+    output = torch.empty_like(tokens)
+
+    def compute(first: int, last: int, of_slot: Tensor) -> None:
+        first_slot, last_slot = rows[order[first]][ops.SLOT], rows[order[last - 1]][ops.SLOT]
+        weights = cache.stacked_weights(first_slot, last_slot + 1)
+        part = slice(ends[first], ends[last])
+        sums = of_slot if last - first == 1 else of_slot.cumsum(0, dtype=torch.int32)
+        output[part] = grouped_mlp(tokens[part], weights, of_slot, sums)
+
+    for (first, last), of_slot in zip(windows, counts_by_slot, strict=True):
+        compute(first, last, of_slot)
     for index in range(num_hits):
         _release(cache, rows, index)
     for index in range(num_hits, len(rows)):
         ops.wait(cache.handle, index)
-        compute(index, index + 1)
+        compute(index, index + 1, counts_by_rank[index : index + 1])
         _release(cache, rows, index)
+    partial = torch.empty_like(output)
+    partial[places] = output
+    return partial
 
 
 def _release(cache: ExpertCache, rows: Sequence[Sequence[int]], index: int) -> None:
@@ -73,49 +93,18 @@ def _release(cache: ExpertCache, rows: Sequence[Sequence[int]], index: int) -> N
         ops.release(cache.handle, index)
 
 
-class _Order:
-    """The rows of a plan in the order of computing, and all routed tokens in that order."""
+def _windows(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """Cut ascending slots into ranges, of their indices, that are near each other."""
+    ranges: list[tuple[int, int]] = []
+    first = 0
+    for index in range(1, len(slots) + 1):
+        if index == len(slots) or slots[index] - slots[first] >= _MAX_WINDOW:
+            ranges.append((first, index))
+            first = index
+    return ranges
 
-    def __init__(
-        self,
-        cache: ExpertCache,
-        rows: Sequence[Sequence[int]],
-        order: Sequence[int],
-        expert_ids: Tensor,
-    ) -> None:
-        self._cache = cache
-        self._slots = [rows[index][ops.SLOT] for index in order]
-        self._counts = [rows[index][ops.COUNT] for index in order]
-        self._ends = [0]
-        for count in self._counts:
-            self._ends.append(self._ends[-1] + count)
-        rank = torch.zeros(cache.num_experts, dtype=torch.int16)
-        rank[[rows[index][ops.EXPERT] for index in order]] = torch.arange(
-            len(order), dtype=torch.int16
-        )
-        rank = rank.to(expert_ids.device, non_blocking=True)
-        self._places = rank[expert_ids.view(-1)].argsort(stable=True)
 
-    def places(self, first: int, last: int) -> Tensor:
-        """Where the tokens of ranks `first` to `last` stand in the flattened ids."""
-        return self._places[self._ends[first] : self._ends[last]]
-
-    def windows(self, num_hits: int) -> list[tuple[int, int]]:
-        """Cut the first ranks, which ascend by slot, into ranges that are near each other."""
-        ranges: list[tuple[int, int]] = []
-        first = 0
-        for rank in range(1, num_hits + 1):
-            if rank == num_hits or self._slots[rank] - self._slots[first] >= _MAX_WINDOW:
-                ranges.append((first, rank))
-                first = rank
-        return ranges
-
-    def window(self, first: int, last: int) -> tuple[ExpertWeights, Tensor]:
-        """The slots from that of rank `first` to that before `last`: weights, and token counts."""
-        first_slot, last_slot = self._slots[first], self._slots[last - 1] + 1
-        of_slot = dict(zip(self._slots[first:last], self._counts[first:last], strict=True))
-        counts = torch.tensor(
-            [of_slot.get(slot, 0) for slot in range(first_slot, last_slot)], dtype=torch.int32
-        )
-        weights = self._cache.stacked_weights(first_slot, last_slot)
-        return weights, counts.to(self._places.device, non_blocking=True)
+def _counts_by_slot(rows: Sequence[Sequence[int]], window: Sequence[int]) -> list[int]:
+    """How many tokens each slot of a window has, those between the rows' slots included."""
+    of_slot = {rows[index][ops.SLOT]: rows[index][ops.COUNT] for index in window}
+    return [of_slot.get(slot, 0) for slot in range(min(of_slot), max(of_slot) + 1)]

@@ -8,6 +8,7 @@ last, straight from the checkpoint's files into the pool.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import traceback
@@ -19,19 +20,22 @@ import torch
 from . import _core
 from ._core import CheckpointSource, ExpertSource, RamPool
 from .build_info import build_info
-from .cache import ExpertCache
+from .cache import NUM_FILE_READERS, ExpertCache
 from .cache_size import CacheSize, check_cache_fits, check_cuda_cache_fits, size_cache
 from .errors import CheckpointError
-from .experts import StreamedExperts
+from .experts import StreamedExperts, refuse_loading_experts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
+from .predictor import ExpertPredictor, predictor_bytes
 from .streamed_model import streamed_model_class
 from .unsupported import chosen_device, refuse_arguments
 
 logger = logging.getLogger(__name__)
 
 _POOLS = ("ram", "file")
+_PREFETCH = ("auto", False)
+_MAX_DISTANCE = 4  # layers that prefetching looks ahead
 _POLL_SECONDS = 0.1
 
 
@@ -47,6 +51,7 @@ def from_pretrained(
     dtype: str | torch.dtype | None = "auto",
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
+    prefetch: str | bool = False,
     progress: bool = True,
     **transformers_kwargs: Any,
 ) -> Any:
@@ -60,8 +65,8 @@ def from_pretrained(
             and `subfolder` as in transformers.
         expert_cache: memory for experts: "25%" or 0.25 of all experts, "8GiB", or bytes as int.
             At least the experts that one token needs in one layer.
-        policy: which expert leaves the cache: "decayed_frequency", "lru", "two_level_lru", or
-            "on_demand", which keeps none.
+        policy: which expert leaves the cache: "decayed_frequency", "predicted_need", "lru",
+            "two_level_lru", or "on_demand", which keeps none.
         cache_scope: "global", or "layer" for the same number of slots in every layer.
         pool: where the other experts wait: "ram", or "file" to read them from the checkpoint.
         device: "cpu", or "cuda": the model and the expert cache are on the GPU, the pool is not.
@@ -72,6 +77,8 @@ def from_pretrained(
             converted while they are read.
         ram_limit: memory to assume to be available, instead of what system and cgroup say.
         num_threads: threads that fetch experts.
+        prefetch: "auto" to foresee which experts the next layers will need, learning while the
+            model runs, and to fetch them early; False to fetch only what is needed.
         progress: show progress bars.
         **transformers_kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
@@ -96,19 +103,55 @@ def from_pretrained(
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
-    model = open_model(path, dtype, arguments)
-    on_cuda = chosen.type == "cuda"
+    if prefetch not in _PREFETCH:
+        raise ValueError(f'prefetch={prefetch!r} is unknown. Use "auto" or False.')
+    streamed, loading_info = load_opened_model(
+        open_model(path, dtype, arguments),
+        expert_cache=expert_cache,
+        policy=policy,
+        cache_scope=cache_scope,
+        pool=pool,
+        device=chosen,
+        pin_memory=pin_memory,
+        ram_limit=ram_limit,
+        num_threads=num_threads,
+        prefetch=bool(prefetch),
+        progress=progress,
+    )
+    return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
+
+
+def load_opened_model(
+    model: OpenedModel,
+    *,
+    expert_cache: str | float | int,
+    policy: str,
+    cache_scope: str,
+    pool: str,
+    device: torch.device,
+    ram_limit: str | float | int | None,
+    progress: bool,
+    pin_memory: bool | None = None,
+    num_threads: int | None = None,
+    prefetch: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """The second half of `from_pretrained`: check sizes, then read.
+
+    Returns the model and transformers' loading information.
+    """
+    on_cuda = device.type == "cuda"
     size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
-    check_cache_fits(size, available_memory(ram_limit), pool_is_fixed=False)
+    in_ram = _with_predictor(size, model.config) if prefetch else size
+    check_cache_fits(in_ram, available_memory(ram_limit), pool_is_fixed=False)
     if on_cuda:
         torch.cuda.empty_cache()
-        check_cuda_cache_fits(size, torch.cuda.mem_get_info(chosen)[0], chosen)
+        check_cuda_cache_fits(size, torch.cuda.mem_get_info(device)[0], device)
 
     streamed, loading_info = _load_without_experts(model, progress)
-    streamed.to(chosen)
+    streamed.to(device)
     experts = _experts_modules(streamed, model)
     try:
-        source = _open_source(model, size, chosen, pin_memory, num_threads, progress)
+        source = _open_source(model, size, device, pin_memory, num_threads, progress)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they would keep the pool alive
         raise
@@ -123,14 +166,27 @@ def from_pretrained(
         policy=size.policy,
         scope=size.scope,
         num_threads=num_threads,
-        device=chosen,
+        device=device,
         mlp_hidden=experts[0].mlp_hidden() if on_cuda else None,
     )
     for layer_index, module in enumerate(experts):
         module.bind(streamed.expert_cache, layer_index)
+    refuse_loading_experts(streamed)
     streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
-    return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
+    if prefetch:
+        streamed.set_predictor(ExpertPredictor.for_model(streamed, max_distance=_MAX_DISTANCE))
+    return streamed, loading_info
+
+
+def _with_predictor(size: CacheSize, config: Any) -> CacheSize:
+    """Count a predictor, which is in RAM on every device, among the rest of the model."""
+    model, text = size.model, config.get_text_config()
+    num_bytes = predictor_bytes(
+        model.num_layers, model.num_experts, text.hidden_size, _MAX_DISTANCE, text.vocab_size
+    )
+    counted = dataclasses.replace(model, other_bytes=model.other_bytes + num_bytes)
+    return dataclasses.replace(size, model=counted)
 
 
 def _load_without_experts(model: OpenedModel, progress: bool) -> tuple[Any, dict[str, Any]]:
@@ -210,7 +266,7 @@ def _open_source(
     num_experts, on_cuda = model.skeleton.num_experts_total, device.type == "cuda"
     numa_node = build_info()["gpus"][device.index]["numa_node"] if on_cuda else None
     pool = RamPool(model.layout, num_experts, -1 if numa_node is None else numa_node)
-    threads = num_threads or min(len(os.sched_getaffinity(0)), 16 if on_cuda else 8)
+    threads = num_threads or max(NUM_FILE_READERS, min(len(os.sched_getaffinity(0)), 16))
     if not on_cuda or pin_memory is False:
         _fill(pool.start_fill(source, threads), progress)
         return pool

@@ -84,6 +84,7 @@ def model_info(
 ) -> ModelInfo:
     """Describe a model without loading it; takes a path or a Hub id as `from_pretrained` does.
 
+    A Hub id is downloaded with its weights first, unless the Hub cache has it.
     Raises what `from_pretrained` raises for a model that cannot be run.
     """
     model = open_model(path, dtype, transformers_kwargs)

@@ -1,17 +1,13 @@
 """One MoE layer from end to end, without transformers: the flow of ExpertFlow in a page."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .cache import ExpertCache, ExpertWeights
-from .experts import compute_experts
-
-# Given the layer's number and its input [tokens, hidden]: pairs of (distance in MoE layers, ids of
-# the experts that the layer so far ahead will probably need, the most probable first).
-Predictor = Callable[[int, Tensor], Iterable[tuple[int, Tensor]]]
+from .experts import Predictor, compute_experts, prefetch_foreseen
 
 
 class MoELayer(nn.Module):
@@ -71,15 +67,6 @@ class MoELayer(nn.Module):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights, expert_ids
 
-    def prefetch(self, hidden_states: Tensor) -> None:
-        """Fetch what the predictor expects of later layers, behind what this layer waits for."""
-        if self.predictor is None:
-            return
-        for distance, expert_ids in self.predictor(self.layer, hidden_states):
-            target = self.layer + distance
-            if target < self.cache.num_layers:
-                self.cache.prefetch(target, expert_ids, distance)
-
     def expert_mlp(self, tokens: Tensor, weights: ExpertWeights) -> Tensor:
         """One expert: [n, hidden] -> [n, hidden]."""
         gate, up = functional.linear(tokens, weights["gate_up_proj"]).chunk(2, dim=-1)
@@ -97,6 +84,6 @@ class MoELayer(nn.Module):
             expert_ids,
             weights,
             self.expert_mlp,
-            on_planned=lambda: self.prefetch(tokens),
+            on_planned=lambda: prefetch_foreseen(self.predictor, self.cache, self.layer, tokens),
         )
         return output.view_as(hidden_states)

@@ -116,6 +116,37 @@ def compute_slots(
         raise _typed(error) from None
 
 
+def weighted_sum(partial: Tensor, expert_weights: Tensor) -> Tensor:
+    """Sum what each token's experts returned, rounded as torch rounds it, on CUDA.
+
+    Args:
+        partial: [tokens * k, hidden].
+        expert_weights: [tokens, k], in that dtype or float32.
+
+    Returns:
+        [tokens, hidden], in the dtype of `partial`.
+    """
+    output = partial.new_empty(expert_weights.shape[0], partial.shape[1])
+    try:
+        _ops.weighted_sum(partial, expert_weights, output)
+    except RuntimeError as error:
+        raise _typed(error) from None
+    return output
+
+
+def upload(values: list[int], device: torch.device) -> Tensor:
+    """Return int32 `values` on a CUDA device, past the copies that are under way to it.
+
+    A plain copy would wait in the copy engine behind experts.
+    """
+    output = torch.empty(len(values), dtype=torch.int32, device=device)
+    try:
+        _ops.upload(torch.tensor(values, dtype=torch.int32), output)
+    except RuntimeError as error:
+        raise _typed(error) from None
+    return output
+
+
 def release(cache: Tensor, row: int) -> None:
     """Give back the slot of `row`: the row that waits for it, if any, is fetched into it.
 
@@ -150,6 +181,14 @@ def _(cache: Tensor, hidden_states: Tensor, expert_weights: Tensor, output: Tens
 def _(
     cache: Tensor, slots: Tensor, hidden_states: Tensor, expert_weights: Tensor, output: Tensor
 ) -> None: ...
+
+
+@torch.library.register_fake("expertflow::weighted_sum")
+def _(partial: Tensor, expert_weights: Tensor, output: Tensor) -> None: ...
+
+
+@torch.library.register_fake("expertflow::upload")
+def _(values: Tensor, output: Tensor) -> None: ...
 
 
 @torch.library.register_fake("expertflow::wait")

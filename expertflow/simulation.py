@@ -16,8 +16,8 @@ from .link_profiles import LinkProfile
 from .traces import Trace
 
 MAX_HORIZON = _core.MAX_HORIZON
-OURS = "decayed_frequency"  # the eviction policy that is called "ours"
-POLICIES = ("on_demand", "lru", "two_level_lru", "decayed_frequency", "ours", "belady")
+OURS = "predicted_need"  # the eviction policy that is called "ours"
+POLICIES = (*_core.POLICIES, "ours", "belady")
 PREDICTORS = ("none", "transition", "trace", "oracle")
 
 

@@ -7,6 +7,7 @@ would silently do so without them; here each such method either works or says wh
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from .errors import UnsupportedModelError
 from .experts import StreamedExperts, streamed_class
 from .families import ModelSkeleton, transformers_lock
 from .memory import available_memory
+from .predictor import ExpertPredictor
 from .unsupported import refuse_conversion
 
 
@@ -40,6 +42,7 @@ class StreamedModel:
     experts_class: type[Any]  # in transformers
     expert_checkpoint: str = ""  # where the experts are read from
     expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
+    predictor: ExpertPredictor | None = None  # of what to prefetch
     sizes: ModelSizes
     pool: str  # "ram" or "file"
     ram_limit: str | float | int | None = None  # as given to from_pretrained
@@ -97,6 +100,32 @@ class StreamedModel:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedExperts):
                 module.bind(cache, module.layer_index)
+
+    def set_predictor(self, predictor: ExpertPredictor | None) -> None:
+        """Prefetch what `predictor` foresees; None prefetches nothing."""
+        self.predictor = predictor
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, StreamedExperts):
+                module.predictor = predictor
+
+    def save_predictor(self, path: str | os.PathLike[str]) -> None:
+        """Save what the predictor has learned about the model, as a safetensors file."""
+        self._required_predictor().save(path)
+
+    def load_predictor(self, path: str | os.PathLike[str]) -> None:
+        """Go on with what `save_predictor` saved of the same model.
+
+        Raises FileNotFoundError, CheckpointError for a damaged file, and ValueError for one that
+        was saved for another model.
+        """
+        self._required_predictor().load(path)
+
+    def _required_predictor(self) -> ExpertPredictor:
+        if self.predictor is None:
+            raise ValueError(
+                'this model was loaded without a predictor: use from_pretrained(prefetch="auto")'
+            )
+        return self.predictor
 
     def _held_bytes(self) -> int:
         """Memory that the model takes now. A slot takes none before its first expert arrives."""

@@ -1,6 +1,7 @@
 """Settings and shared models for all Python tests."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -44,3 +45,22 @@ def tiny_streamed(tiny_checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
         )
 
     return load
+
+
+@pytest.fixture(scope="session")
+def qwen_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE checkpoint in one file; not to be changed."""
+    return tiny_models.make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
+
+
+@pytest.fixture(scope="session")
+def sharded_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in several shards."""
+    path = tmp_path_factory.mktemp("sharded")
+    return tiny_models.make_checkpoint("qwen3_moe", path, max_shard_size="60KB")
+
+
+@pytest.fixture
+def own_path(qwen_path: Path, tmp_path: Path) -> Path:
+    """A copy of `qwen_path` that a test may damage."""
+    return Path(shutil.copytree(qwen_path, tmp_path / "model"))

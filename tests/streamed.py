@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POLICIES = ("lru", "decayed_frequency", "two_level_lru", "on_demand")
+from expertflow._core import POLICIES as POLICIES
+
 SCOPES = ("global", "layer")
 POOLS = ("ram", "file")
 DTYPES = (torch.float32, torch.bfloat16)

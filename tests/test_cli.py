@@ -1,6 +1,7 @@
 """The command line as a user meets it: standard output, standard error, exit status."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from expertflow import cli
 from expertflow.demo import DEMO_MODEL
 
+ROOT = Path(__file__).parent.parent
 PROMPT = "KING HENRY:\n"
 GENERATE = ["generate", str(DEMO_MODEL), "--prompt", PROMPT, "--max-new-tokens", "12"]
 JSON_KEYS = {
@@ -164,3 +166,16 @@ def test_interrupt_ends_cleanly() -> None:
     assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
+
+
+def test_interrupt_while_torch_is_imported_ends_cleanly(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    script = "import sys, expertflow_script; sys.exit(expertflow_script.main())"
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 130
+    assert process.stderr == "\nexpertflow: interrupted\n"

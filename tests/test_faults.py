@@ -6,7 +6,16 @@ import signal
 import pytest
 import tiny_models
 import torch
-from streamed import EVERYTHING_CACHED, SMALLEST, CacheOptions, generate, logits, token_ids, use
+from streamed import (
+    EVERYTHING_CACHED,
+    POLICIES,
+    SMALLEST,
+    CacheOptions,
+    generate,
+    logits,
+    token_ids,
+    use,
+)
 
 import expertflow
 from expertflow import TransferError
@@ -86,7 +95,7 @@ def test_shard_that_is_cut(model, shards, expected):
     assert torch.equal(generate(model, PROMPTS, NEW_TOKENS), expected)
 
 
-@pytest.mark.parametrize("policy", ["lru", "decayed_frequency", "two_level_lru", "on_demand"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_shard_that_is_cut_between_tokens(model, shards, expected, policy):
     use(model, CacheOptions("25%", policy))
 

@@ -10,7 +10,7 @@ from random_experts import RandomExperts
 from streamed import DTYPES, POOLS
 from torch.nn import functional
 
-from expertflow import ExpertCache, MoELayer
+from expertflow import ExpertCache, ExpertPredictor, MoELayer, Routers
 from expertflow.experts import compute_experts
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, TOP_K = 3, 8, 16, 2
@@ -147,6 +147,25 @@ def test_prefetches_that_are_done_count_as_prefetch_bytes(experts):
     assert counts["demand_bytes"] == 0
 
 
+def test_online_predictor_learns_what_to_fetch(experts):
+    """Four tokens in turn, and every layer turns its input: the pre-gate knows nothing of it."""
+    predictor = ExpertPredictor(Routers(ROUTERS.numpy(), TOP_K))
+    cache = experts.cache(12)
+    layers, plain = model(cache, predictor=predictor), model(experts.cache(24))
+    foreseen = {}
+    for step in range(400):
+        for layer, reference_layer in zip(layers, plain, strict=True):
+            token = TOKENS[step % 4].roll(5 * layer.layer).view(1, HIDDEN)
+            assert torch.equal(layer(token), reference_layer(token))
+            if layer.layer > 0 and step >= 396:
+                routed = set(layer.route(token)[1].flatten().tolist())
+                need = foreseen[layer.layer - 1]
+                assert routed == set(need.argsort()[-TOP_K:].tolist())
+            if layer.layer < NUM_LAYERS - 1:
+                foreseen[layer.layer] = predictor.need(1)
+    assert cache.statistics()["prefetch_bytes"] > 0
+
+
 def test_useless_predictor_changes_nothing(experts):
     generator = torch.Generator().manual_seed(3)
 
@@ -185,7 +204,7 @@ def test_works_without_transformers():
     script = """
 import sys
 sys.modules["transformers"] = None  # importing it fails
-from expertflow import ExpertCache, MoELayer
+from expertflow import ExpertCache, ExpertPredictor, MoELayer, Routers
 from expertflow.experts import compute_experts
 print(MoELayer.__name__)
 """

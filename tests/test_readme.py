@@ -34,10 +34,3 @@ def test_command_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_are_commands() -> None:
     assert {command.split()[0] for command in COMMANDS} >= {"generate", "info"}
-
-
-def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"`make (\w+)`|^ {4}make (\w+)", README, flags=re.MULTILINE))
-    makefile = (ROOT / "Makefile").read_text()
-    for target in {name for pair in targets for name in pair if name}:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

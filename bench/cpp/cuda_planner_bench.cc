@@ -1,7 +1,8 @@
 // Time to plan one MoE layer of a decode step on the GPU: 48 layers of 128 experts, top-8, one
 // table of 1,536 slots. A graph plans the layers of 64 tokens, one launch each; the time of a layer
 // is the graph's over its launches, launch gaps included. `floor_us` is that of a graph of as many
-// launches of an empty kernel, measured between those of the planner. Medians.
+// launches of an empty kernel, measured between those of the planner; a planner may start while the
+// one before it ends, an empty kernel does not. Medians.
 //
 // Routing is uniform or skewed (bench/cpp/routes.h), so that about 25, 50 and 75 % of the experts
 // are resident, or walks in a circle, so that none is. "to_host" also writes the plans to mapped

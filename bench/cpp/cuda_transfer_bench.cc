@@ -8,6 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <span>
 #include <vector>
 
 #include "core/cache_control.h"
@@ -25,9 +26,9 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kExpertBytes = 9 * kMiB;
 constexpr int32_t kExperts = 256;
-constexpr int32_t kBatch = 96;  // experts in a full queue
-constexpr int32_t kSlots = kBatch;  // so that two batches in turn never hit
-constexpr size_t kChunkBytes = 4 * kMiB;  // as expertflow/cache.py has it
+constexpr int32_t kBatch = 96;            // experts in a full queue
+constexpr int32_t kSlots = kBatch;        // so that two batches in turn never hit
+constexpr size_t kChunkBytes = 5 * kMiB;  // as expertflow/cache.py has it
 
 double NowUs() {
   return std::chrono::duration<double, std::micro>(
@@ -110,27 +111,62 @@ BENCHMARK(BM_RawCopies)
     ->Iterations(5)
     ->Unit(benchmark::kMillisecond);
 
-// A queue full of experts, demanded by one plan: how much of raw copies of the same size is reached
-// from the call to the last byte.
-void BM_FullQueue(benchmark::State& state) {
-  cuda::ExpertCache cache(Pool(), Layout(), Options(static_cast<size_t>(state.range(0)) * 1024), 0);
-  const CudaStream stream;
-  std::vector<int64_t> first(kBatch);
-  std::iota(first.begin(), first.end(), 0);
-  std::vector<int64_t> second(kBatch);
-  std::iota(second.begin(), second.end(), kExperts / 2);
-  const Ids ids[] = {Ids(first), Ids(second)};
+// Four batches of experts in turn, of which the cache holds two: none is found when its turn comes.
+class Batches {
+ public:
+  explicit Batches(size_t chunk_bytes)
+      : cache_(Pool(), Layout(), Options(chunk_bytes), 0), ids_(EveryId()), device_ids_(ids_) {}
+
+  // A plan that demands the next batch, and the last byte of it.
+  void Demand() {
+    turn_ = (turn_ + 1) % 4;
+    Use();
+    stream_.Synchronize();
+  }
+
+  // The same batch by prefetches, and then its use. Returns the microseconds of the former; 0 if
+  // not all of them were posted.
+  double Prefetch() {
+    turn_ = (turn_ + 1) % 4;
+    cache_.ResetStatistics();
+    const double begin_us = NowUs();
+    const std::span<const int64_t> batch = std::span(ids_).subspan(turn_ * kBatch, kBatch);
+    if (cache_.Prefetch(0, batch, 1) != kBatch) return 0.0;
+    while (cache_.statistics()[0].prefetch_bytes < int64_t{kBatch} * int64_t{kExpertBytes}) {
+    }
+    const double us = NowUs() - begin_us;
+    Use();
+    return us;
+  }
+
+ private:
+  static std::vector<int64_t> EveryId() {
+    std::vector<int64_t> ids(kExperts);
+    std::iota(ids.begin(), ids.end(), 0);
+    return ids;
+  }
+
+  void Use() {  // as one token, so that all slots may be taken
+    const Plan& plan =
+        cache_.BeginLayer(0, device_ids_.get() + turn_ * kBatch, kBatch, 1, stream_.get());
+    for (int32_t r = 0; r < std::ssize(plan.rows); ++r) cache_.Wait(r, stream_.get());
+  }
+
+  cuda::ExpertCache cache_;
+  CudaStream stream_;
+  std::vector<int64_t> ids_;
+  Ids device_ids_;
+  size_t turn_ = 0;
+};
+
+// Reports how much of the bandwidth of raw copies of the same experts is reached.
+template <class Move>
+void FullQueue(benchmark::State& state, Move move) {
   std::vector<double> shares;
   double bytes_per_second = 0.0;
-  int turn = 0;
   for (auto _ : state) {
-    const double begin_us = NowUs();
-    const Ids& turn_ids = ids[turn++ % 2];
-    // As one token, so that all slots may be taken.
-    const Plan& plan = cache.BeginLayer(0, turn_ids.get(), turn_ids.count, 1, stream.get());
-    for (int32_t r = 0; r < std::ssize(plan.rows); ++r) cache.Wait(r, stream.get());
-    stream.Synchronize();
-    const double us = NowUs() - begin_us;
+    const double us = move();
+    if (us == 0.0) return state.SkipWithError("not every prefetch was posted");
     state.SetIterationTime(us / 1e6);
     bytes_per_second = kBatch * kExpertBytes / us * 1e6;
     shares.push_back(bytes_per_second / RawBandwidth(kExpertBytes, kBatch));
@@ -140,11 +176,27 @@ void BM_FullQueue(benchmark::State& state) {
   state.counters["share_of_raw_median"] = shares[shares.size() / 2];
   state.counters["share_of_raw_min"] = shares.front();
 }
-BENCHMARK(BM_FullQueue)
+
+void BM_FullQueueOfDemands(benchmark::State& state) {
+  Batches batches(kChunkBytes);
+  FullQueue(state, [&] {
+    const double begin_us = NowUs();
+    batches.Demand();
+    return NowUs() - begin_us;
+  });
+}
+BENCHMARK(BM_FullQueueOfDemands)->UseManualTime()->Iterations(15)->Unit(benchmark::kMillisecond);
+
+void BM_FullQueueOfPrefetches(benchmark::State& state) {
+  Batches batches(static_cast<size_t>(state.range(0)) * 1024);
+  batches.Demand();
+  FullQueue(state, [&] { return batches.Prefetch(); });
+}
+BENCHMARK(BM_FullQueueOfPrefetches)
     ->ArgName("chunk_KiB")
     ->Arg(1024)
-    ->Arg(2048)
-    ->Arg(4096)
+    ->Arg(3072)
+    ->Arg(5120)
     ->Arg(9216)
     ->UseManualTime()
     ->Iterations(11)

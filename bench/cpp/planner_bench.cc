@@ -81,6 +81,7 @@ void RegisterAll(const std::string& routing, const Routes& routes) {
   } policies[] = {{"lru", PolicyKind::kLru},
                   {"decayed_frequency", PolicyKind::kDecayedFrequency},
                   {"two_level_lru", PolicyKind::kTwoLevelLru},
+                  {"predicted_need", PolicyKind::kPredictedNeed},
                   {"on_demand", PolicyKind::kOnDemand}};
   const struct {
     const char* name;

@@ -66,7 +66,8 @@ void RegisterAll(const Trace& trace, int32_t num_experts) {
     PolicyKind policy;
   } policies[] = {{"lru", PolicyKind::kLru},
                   {"decayed_frequency", PolicyKind::kDecayedFrequency},
-                  {"two_level_lru", PolicyKind::kTwoLevelLru}};
+                  {"two_level_lru", PolicyKind::kTwoLevelLru},
+                  {"predicted_need", PolicyKind::kPredictedNeed}};
   const struct {
     const char* name;
     CacheScope scope;

@@ -10,7 +10,8 @@ CacheControl::CacheControl(const ExpertCacheOptions& options, int32_t max_chunks
     : expert_bytes_(options.planner.expert_bytes),
       table_(options.num_layers, options.num_experts, options.num_slots),
       planner_(table_, options.planner),
-      queue_(options.num_slots, AlignUp(options.chunk_bytes, kSlotAlignment), max_chunks_in_flight),
+      queue_(options.num_slots, AlignUp(options.chunk_bytes, kSlotAlignment), max_chunks_in_flight,
+             AlignUp(options.demand_chunk_bytes, kSlotAlignment)),
       failures_(static_cast<size_t>(options.num_slots)) {
   if (options.num_slots > options.num_layers * options.num_experts) {
     throw std::invalid_argument("a cache of " + std::to_string(options.num_slots) +

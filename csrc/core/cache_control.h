@@ -22,7 +22,8 @@ struct ExpertCacheOptions {
   int32_t num_slots;
   PlannerConfig planner;
   size_t chunk_bytes = size_t{1} << 20;
-  int32_t num_threads = 2;  // that copy or read
+  size_t demand_chunk_bytes = 0;  // as for TransferQueue
+  int32_t num_threads = 2;        // that copy or read
 };
 
 // All that an expert cache decides, whatever it copies with: which experts are resident or on their

@@ -37,6 +37,10 @@ Planner::Planner(SlotTable& table, const PlannerConfig& config)
       log2_table_(DecayedFrequency::MakeLog2Table()),
       statistics_(static_cast<size_t>(table_.num_layers)),
       planning_(MakePlanningView(config, table_, log2_table_.data(), statistics_.data())) {
+  if (config.policy == PolicyKind::kPredictedNeed) {
+    need_model_ = std::make_unique<NeedModel>(table_.num_layers, table_.num_experts, config.top_k,
+                                              table_.num_slots);
+  }
   const auto num_experts = static_cast<size_t>(table_.num_experts);
   rows_.resize(num_experts);
   distinct_.reserve(num_experts);
@@ -73,11 +77,15 @@ const Plan* Planner::PlanLayer(int32_t layer, std::span<const int64_t> expert_id
   for (const PlanRow& row : plan_.rows.first(static_cast<size_t>(num_resident))) {
     table_.slot_needed[Index(row.slot)] = now;
   }
+  if (need_model_ && !plan_.streaming) ObserveNeeds(layer);
   int32_t num_taken = 0;
   if (num_rows > num_resident) {
     num_taken = SelectVictims(layer, num_rows - num_resident, now, /*spare_predicted=*/false);
     if (plan_.streaming) num_taken = LimitToStaging(layer);
-    if (num_taken == 0 && num_resident == 0) return nullptr;
+    if (num_taken == 0 && num_resident == 0) {
+      if (!plan_.streaming) observed_layer_ = layer;
+      return nullptr;
+    }
     AppendRows(layer, RowState::kMiss);
   }
   for (const PlanRow& row : plan_.rows.first(static_cast<size_t>(num_resident)))
@@ -157,6 +165,16 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predi
     candidates_.resize(kept);
   }
   return static_cast<int32_t>(candidates_.size());
+}
+
+void Planner::ObserveNeeds(int32_t layer) {
+  const bool is_new = layer != observed_layer_;
+  observed_layer_ = -1;
+  if (!is_new) return;
+  const int32_t* scores = need_model_->Observe(layer, distinct_);
+  for (int32_t e = 0; e < table_.num_experts; ++e) {
+    PredictedNeed::RecordScore(table_, ToIndex(table_, {layer, e}), scores[e]);
+  }
 }
 
 void Planner::RecordUse(SlotId slot) {

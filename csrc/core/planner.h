@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
 #include "core/eviction/decayed_frequency.h"
+#include "core/eviction/need_model.h"
 #include "core/eviction/policy.h"
 #include "core/plan.h"
 #include "core/planning.h"
@@ -93,6 +95,7 @@ class Planner {
   int32_t LimitToStaging(int32_t layer) const;
   template <class Policy>
   int32_t Scan(SlotRange range, int32_t count, Tick now, bool spare_predicted);
+  void ObserveNeeds(int32_t layer);
   void RecordUse(SlotId slot);
   void PlaceMisses(int32_t first_miss, int32_t num_taken);
   void AssignRow(PlanRow& row);
@@ -102,6 +105,8 @@ class Planner {
   PlannerConfig config_;
   SlotTableView table_;
   DecayedFrequency::Log2Table log2_table_;
+  std::unique_ptr<NeedModel> need_model_;  // of PolicyKind::kPredictedNeed
+  int32_t observed_layer_ = -1;  // of a plan that found no slot: its routes come once more
   std::vector<LayerStatistics> statistics_;  // [num_layers]
   PlanningView planning_;
   Plan plan_;

@@ -5,6 +5,7 @@
 #include "core/eviction/decayed_frequency.h"
 #include "core/eviction/lru.h"
 #include "core/eviction/policy.h"
+#include "core/eviction/predicted_need.h"
 #include "core/eviction/two_level_lru.h"
 #include "core/host_device.h"
 #include "core/plan.h"
@@ -57,6 +58,8 @@ EXPERTFLOW_HD inline auto WithPolicy(PolicyKind policy, Visit&& visit) {
       return visit(DecayedFrequency{});
     case PolicyKind::kTwoLevelLru:
       return visit(TwoLevelLru{});
+    case PolicyKind::kPredictedNeed:
+      return visit(PredictedNeed{});
     case PolicyKind::kLru:
     case PolicyKind::kOnDemand:
       break;

@@ -7,8 +7,11 @@
 
 namespace expertflow {
 
-TransferQueue::TransferQueue(int32_t num_slots, size_t chunk_bytes, int32_t max_chunks_in_flight)
-    : chunk_bytes_(chunk_bytes), max_chunks_in_flight_(max_chunks_in_flight) {
+TransferQueue::TransferQueue(int32_t num_slots, size_t chunk_bytes, int32_t max_chunks_in_flight,
+                             size_t demand_chunk_bytes)
+    : chunk_bytes_(chunk_bytes),
+      demand_chunk_bytes_(demand_chunk_bytes == 0 ? chunk_bytes : demand_chunk_bytes),
+      max_chunks_in_flight_(max_chunks_in_flight) {
   if (chunk_bytes == 0 || max_chunks_in_flight <= 0) {
     throw std::invalid_argument(
         "a transfer queue needs a chunk size and at least one chunk in flight");
@@ -51,7 +54,8 @@ std::optional<Chunk> TransferQueue::Next() {
   if (!HasNext()) return std::nullopt;
   const SlotId slot = queued_.front();
   Transfer& next = transfer(slot);
-  const size_t num_bytes = std::min(chunk_bytes_, next.num_bytes - next.next_offset);
+  const size_t limit = IsPrefetch(slot) ? chunk_bytes_ : demand_chunk_bytes_;
+  const size_t num_bytes = std::min(limit, next.num_bytes - next.next_offset);
   const Chunk chunk{slot, next.expert, next.next_offset, num_bytes, next.transfer_class};
   next.next_offset += num_bytes;
   ++next.chunks_out;

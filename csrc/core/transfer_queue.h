@@ -34,8 +34,11 @@ enum class TransferStatus : uint8_t {
 class TransferQueue {
  public:
   // At most `max_chunks_in_flight` chunks are out at a time, so that a demand waits for no more
-  // than those. Throws std::invalid_argument for a chunk size or a limit of 0.
-  TransferQueue(int32_t num_slots, size_t chunk_bytes, int32_t max_chunks_in_flight);
+  // than those. Nothing overtakes a demand but an earlier one, so its chunks may be larger:
+  // `demand_chunk_bytes`, or `chunk_bytes` if that is 0. Throws std::invalid_argument for a chunk
+  // size or a limit of 0.
+  TransferQueue(int32_t num_slots, size_t chunk_bytes, int32_t max_chunks_in_flight,
+                size_t demand_chunk_bytes = 0);
 
   // Queues `num_bytes` into `slot`, which must be idle. `needed_at` is the tick of the plan that
   // will need it.
@@ -103,6 +106,7 @@ class TransferQueue {
   void Restore(size_t place);
 
   size_t chunk_bytes_;
+  size_t demand_chunk_bytes_;
   int32_t max_chunks_in_flight_;
   int32_t chunks_in_flight_ = 0;
   int64_t next_sequence_ = 0;

@@ -1,6 +1,7 @@
 #include "cuda/device_planner.h"
 
 #include <cstddef>
+#include <stdexcept>
 
 #include "core/eviction/decayed_frequency.h"
 #include "cuda/cuda_error.h"
@@ -27,6 +28,12 @@ DevicePlanner::DevicePlanner(int32_t num_layers, int32_t num_experts, int32_t nu
       planning_(MakePlanningView(config, table_.view(),
                                  reinterpret_cast<const int32_t*>(log2_table_.data()),
                                  reinterpret_cast<LayerStatistics*>(statistics_.data()))) {
+  if (config.policy == PolicyKind::kPredictedNeed) {
+    throw std::invalid_argument(
+        "policy predicted_need learns on the host, and the planner kernel has no learner of its "
+        "own "
+        "yet: use decayed_frequency, lru, two_level_lru or on_demand");
+  }
   const DecayedFrequency::Log2Table log2_table = DecayedFrequency::MakeLog2Table();
   Copy(log2_table_.data(), log2_table.data(), log2_table_.num_bytes());
   const std::vector<LayerStatistics> zeros(static_cast<size_t>(num_layers));

@@ -24,6 +24,9 @@ double NowUs() {
   return std::chrono::duration<double, std::micro>(Clock::now().time_since_epoch()).count();
 }
 
+// A demanded expert is one copy if it can be: gaps between copies cost 3 us each.
+constexpr size_t kDemandChunkBytes = size_t{24} << 20;
+
 // Leaves the core to its other hyperthread for a moment, but not to the scheduler.
 void Pause() {
   for (int i = 0; i < 16; ++i) {
@@ -33,6 +36,12 @@ void Pause() {
     asm volatile("yield");
 #endif
   }
+}
+
+// A pinned pool needs no staging memory, so its demands may be large.
+ExpertCacheOptions WithDemandChunks(ExpertCacheOptions options, bool is_pinned) {
+  if (is_pinned) options.demand_chunk_bytes = kDemandChunkBytes;
+  return options;
 }
 
 const PinnedPool* DirectSource(const ExpertSource& source) {
@@ -63,7 +72,8 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
       fork_generation_(ForkGeneration()),
       progress_(
           std::make_unique<SlotProgress[]>(static_cast<size_t>(std::max(options.num_slots, 0)))),
-      control_(options, static_cast<int32_t>(kDepth) * std::max(num_lanes_, 1)) {
+      control_(WithDemandChunks(options, pinned_pool_ != nullptr),
+               static_cast<int32_t>(kDepth) * std::max(num_lanes_, 1)) {
   if (options.num_threads < 1) throw std::invalid_argument("num_threads must be at least 1");
   const int32_t num_experts_total = options.num_layers * options.num_experts;
   CheckHolds(*source_, static_cast<size_t>(num_experts_total), slot_bytes_);
@@ -85,6 +95,15 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
     StopLanes();
     throw;
   }
+}
+
+ExpertCache::Lock ExpertCache::Acquire() const {
+  Lock lock(mutex_, std::try_to_lock);
+  while (!lock) {
+    Pause();
+    static_cast<void>(lock.try_lock());
+  }
+  return lock;
 }
 
 ExpertCache::~ExpertCache() {
@@ -117,7 +136,7 @@ void ExpertCache::StartLanes(size_t chunk_bytes) {
 
 void ExpertCache::StopLanes() {
   {
-    const Lock lock(mutex_);
+    const Lock lock = Acquire();
     stopping_ = true;
     NotifyPosted();
   }
@@ -127,7 +146,7 @@ void ExpertCache::StopLanes() {
 }
 
 void ExpertCache::LoadAll() {
-  Lock lock(mutex_);
+  Lock lock = Acquire();
   control_.PostAll();
   NotifyPosted();
   while (control_.HasTransfers()) {
@@ -145,7 +164,7 @@ const Plan& ExpertCache::BeginLayer(int32_t layer, const int64_t* expert_ids, si
   const DeviceGuard guard(device_number_);
   RefuseCapture(stream);
   routed_ids_ = device_->readback.Read(expert_ids, num_ids, stream);
-  Lock lock(mutex_);
+  Lock lock = Acquire();
   CollectStalls();
   RecordUses(plan_stream_);
   plan_stream_ = stream;
@@ -176,33 +195,35 @@ void ExpertCache::RecordUses(cudaStream_t stream) {
 void ExpertCache::Wait(int32_t row_index, cudaStream_t stream) {
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);
-  Lock lock(mutex_);
+  Lock lock = Acquire();
+  if (control_.IsReady(row_index)) return;
+  device_->stalls.Begin(stream, control_.plan()->layer);
   while (!control_.IsReady(row_index)) {
     const SlotId slot = control_.RowAt(row_index).slot;
     const Generation generation = control_.table().slot_generation[Index(slot)];
     const std::atomic<Generation>& submitted = progress(slot).submitted;
     if (submitted.load(std::memory_order_relaxed) == generation) {
-      const CudaEvent& arrival = device_->arrivals[static_cast<size_t>(Index(slot))];
-      device_->stalls.Wait(arrival, stream, control_.plan()->layer);
-      return;
+      device_->arrivals[static_cast<size_t>(Index(slot))].MakeWait(stream);
+      break;
     }
     lock.unlock();
     while (submitted.load(std::memory_order_acquire) != generation) Pause();
-    lock.lock();
+    lock = Acquire();
   }
+  device_->stalls.End(stream);
 }
 
 void ExpertCache::Release(int32_t row_index, cudaStream_t stream) {
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);
-  Lock lock(mutex_);
+  Lock lock = Acquire();
   const PlanRow row = control_.RowAt(row_index);
   if (row.next_row == kNoRow) return;
   const Generation generation = control_.table().slot_generation[Index(row.slot)];
   while (!control_.IsReady(row_index)) {  // the queue takes a slot again only once it is idle
     lock.unlock();
     while (progress(row.slot).ended.load(std::memory_order_acquire) != generation) Pause();
-    lock.lock();
+    lock = Acquire();
   }
   const size_t use = next_use_++ % kNumUses;
   device_->uses[use].Record(stream);
@@ -214,7 +235,7 @@ void ExpertCache::Release(int32_t row_index, cudaStream_t stream) {
 int32_t ExpertCache::Prefetch(int32_t layer, std::span<const int64_t> expert_ids,
                               int32_t distance) {
   CheckSameProcess(fork_generation_);
-  const Lock lock(mutex_);
+  const Lock lock = Acquire();
   const int32_t num_posted = control_.Prefetch(layer, expert_ids, distance);
   if (num_posted > 0) NotifyPosted();
   return num_posted;
@@ -270,13 +291,13 @@ bool ExpertCache::AwaitPost(uint64_t num_posts) {
   const auto posted = [&] { return num_posts_.load(std::memory_order_acquire) != num_posts; };
   const auto give_up = Clock::now() + kSpinTime;
   while (!posted() && Clock::now() < give_up) Pause();
-  Lock lock(mutex_);
+  Lock lock = Acquire();
   device_->work_posted.wait(lock, [&] { return stopping_ || posted(); });
   return !stopping_;
 }
 
 std::optional<Chunk> ExpertCache::TakeChunk(size_t& use) {
-  const Lock lock(mutex_);
+  const Lock lock = Acquire();
   if (stopping_) return std::nullopt;
   const std::optional<Chunk> chunk = control_.NextChunk();
   if (chunk && chunk->offset_bytes == 0) {
@@ -316,7 +337,7 @@ bool ExpertCache::Submit(Lane& lane, const Flight& flight, size_t use) {
 }
 
 void ExpertCache::NoteSubmitted(const Chunk& chunk) {
-  const Lock lock(mutex_);
+  const Lock lock = Acquire();
   SlotProgress& of_slot = progress(chunk.slot);
   of_slot.submitted_bytes += chunk.num_bytes;
   if (of_slot.submitted_bytes < slot_bytes_) return;
@@ -339,7 +360,7 @@ bool ExpertCache::FinishIfCopied(const Lane& lane, const Flight& flight) {
 void ExpertCache::Finish(const Flight& flight, const std::optional<std::string>& error) {
   const Chunk& chunk = flight.chunk;
   const double end_us = NowUs();
-  const Lock lock(mutex_);
+  const Lock lock = Acquire();
   if (!error) bandwidth_.Record(chunk.num_bytes, flight.begin_us, end_us);
   control_.FinishChunk(chunk, error);
   if (InFlight(control_.table().slot_state[Index(chunk.slot)])) return;
@@ -351,7 +372,7 @@ void ExpertCache::Finish(const Flight& flight, const std::optional<std::string>&
 std::vector<LayerStatistics> ExpertCache::statistics() {
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);
-  const Lock lock(mutex_);
+  const Lock lock = Acquire();
   CollectStalls();
   return control_.statistics();
 }
@@ -359,14 +380,14 @@ std::vector<LayerStatistics> ExpertCache::statistics() {
 void ExpertCache::ResetStatistics() {
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);
-  const Lock lock(mutex_);
+  const Lock lock = Acquire();
   CollectStalls();  // those from before are not counted later
   control_.ResetStatistics();
 }
 
 double ExpertCache::bandwidth_bytes_per_second() const {
   CheckSameProcess(fork_generation_);
-  const Lock lock(mutex_);
+  const Lock lock = Acquire();
   return bandwidth_.bytes_per_second();
 }
 

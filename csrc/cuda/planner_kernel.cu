@@ -6,7 +6,8 @@
 #include <string>
 
 #include "core/block_planner.h"
-#include "cuda/cuda_error.h"
+#include "cuda/grid_dependency.h"
+#include "cuda/overlapped_launch.h"
 #include "cuda/planner_kernel.h"
 
 namespace expertflow {
@@ -15,6 +16,11 @@ namespace {
 struct CudaBlock {
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }
   __device__ int32_t num_threads() const { return static_cast<int32_t>(blockDim.x); }
+  // The next kernel may start from here on; it waits in turn, and so at most one is ahead.
+  __device__ void WaitForPrevious() {
+    WaitForPrerequisites();
+    LetDependentsStart();
+  }
   __device__ void Sync() { __syncthreads(); }
   __device__ int64_t ShuffleXor(int64_t value, int32_t mask) {
     return __shfl_xor_sync(0xffffffffU, static_cast<long long>(value), mask);
@@ -79,10 +85,16 @@ void LaunchPlanLayer(const PlanningView& planning, const LayerPlanRequest& reque
         kMaxDynamicBytes / sizeof(int32_t));
   const auto num_threads = static_cast<unsigned>(NumThreads(planning, request));
   WithPolicy(planning.policy, [&]<class Policy>(Policy) {
-    PlanLayerKernel<Policy><<<1, num_threads, first_of_expert_bytes, stream>>>(planning, request);
+    const auto* kernel = reinterpret_cast<const void*>(&PlanLayerKernel<Policy>);
+    void* arguments[] = {const_cast<PlanningView*>(&planning),
+                         const_cast<LayerPlanRequest*>(&request)};
+    LaunchOverlapped({.kernel = kernel,
+                      .num_blocks = 1,
+                      .num_threads = num_threads,
+                      .shared_bytes = first_of_expert_bytes,
+                      .overlaps_previous = CanOverlap(kernel)},
+                     arguments, stream);
   });
-  EXPERTFLOW_CUDA_CHECK(cudaGetLastError(),
-                        "planner kernel of layer " + std::to_string(request.layer));
 }
 
 }  // namespace expertflow

@@ -13,6 +13,8 @@ namespace expertflow {
 // memory and, if asked to, to mapped host memory, where the host may poll its sequence number.
 // Plans that need waves are left to the host, see LayerPlanStatus.
 //
+// The launch may start while the kernel before it ends, but reads nothing of it before.
+//
 // All pointers of `planning` are to device memory that nothing else changes while the kernel runs.
 // Throws std::invalid_argument for a layer, a number of ids or of experts that it cannot plan, and
 // CudaError if the launch fails.

@@ -2,14 +2,13 @@
 
 namespace expertflow {
 
-void StallTimer::Wait(const CudaEvent& arrival, cudaStream_t stream, int32_t layer) {
+void StallTimer::Begin(cudaStream_t stream, int32_t layer) {
   if (count_ == intervals_.size()) intervals_.emplace_back();
-  Interval& interval = intervals_[count_++];
-  interval.layer = layer;
-  interval.before.Record(stream);
-  arrival.MakeWait(stream);
-  interval.after.Record(stream);
+  intervals_[count_].layer = layer;
+  intervals_[count_].before.Record(stream);
 }
+
+void StallTimer::End(cudaStream_t stream) { intervals_[count_++].after.Record(stream); }
 
 void StallTimer::Collect(const std::function<void(int32_t layer, double stall_us)>& add) {
   for (size_t i = 0; i < count_; ++i) {

@@ -11,14 +11,16 @@
 
 namespace expertflow {
 
-// Measures on the device how long a stream waits for experts: an event before the wait and one
-// after it. Not thread-safe.
+// Measures on the device how long a stream stands still for want of experts: an event after the
+// work before the wait and one after the wait. Not thread-safe.
 class StallTimer {
  public:
-  // Puts the wait for `arrival`, which was recorded, on `stream` and measures it.
-  void Wait(const CudaEvent& arrival, cudaStream_t stream, int32_t layer);
+  // From here on `stream` has nothing to do for MoE layer `layer`, until End.
+  void Begin(cudaStream_t stream, int32_t layer);
+  void End(cudaStream_t stream);
 
-  // Calls `add(layer, stall_us)` for every wait since the last call. Blocks until all have ended.
+  // Calls `add(layer, stall_us)` for every interval that was ended since the last call. Blocks
+  // until the streams are past them.
   void Collect(const std::function<void(int32_t layer, double stall_us)>& add);
 
  private:

@@ -24,6 +24,9 @@ InputFile::InputFile(std::string path)
     : path_(std::move(path)), descriptor_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
   if (descriptor_ < 0) throw SystemError("cannot open " + path_);
   modified_ = Status().st_mtim;
+  // Measured on a cloud disk whose read-ahead is 8 MiB, 8 readers of 1 MiB each, cold: random
+  // experts at 1.75 GB/s instead of 1.5.
+  posix_fadvise(descriptor_, 0, 0, POSIX_FADV_RANDOM);
 }
 
 InputFile::InputFile(InputFile&& other) noexcept
@@ -60,6 +63,11 @@ void InputFile::ReadAt(size_t offset_bytes, std::span<std::byte> to) const {
   if (modified.tv_sec != modified_.tv_sec || modified.tv_nsec != modified_.tv_nsec) {
     throw std::runtime_error(path_ + " was changed while in use: load the model again");
   }
+}
+
+void InputFile::Announce(size_t offset_bytes, size_t num_bytes) const {
+  posix_fadvise(descriptor_, static_cast<off_t>(offset_bytes), static_cast<off_t>(num_bytes),
+                POSIX_FADV_WILLNEED);
 }
 
 CheckpointSource::CheckpointSource(std::vector<std::string> paths, ExpertLayout layout,
@@ -150,6 +158,8 @@ void CheckpointSource::ReadConverted(const Extent& extent, DType to_dtype, size_
   std::array<std::byte, kBlockElements * 4> block;
   const size_t from_bytes = ElementBytes(extent.file_dtype);
   const size_t num_elements = to.size() / ElementBytes(to_dtype);
+  files_[extent.file].Announce(extent.file_offset_bytes + first_element * from_bytes,
+                               num_elements * from_bytes);
   for (size_t done = 0; done < num_elements; done += kBlockElements) {
     const size_t count = std::min(kBlockElements, num_elements - done);
     files_[extent.file].ReadAt(extent.file_offset_bytes + (first_element + done) * from_bytes,

@@ -22,7 +22,9 @@ struct Extent {
   DType file_dtype;
 };
 
-// A file opened for reading. Move-only; a moved-from file owns nothing.
+// A file opened for reading, of which the system reads just what is asked for: experts lie
+// anywhere, and reading on behind them would only delay the next. Move-only; a moved-from file owns
+// nothing.
 class InputFile {
  public:
   // Throws std::system_error that names the path.
@@ -36,6 +38,8 @@ class InputFile {
   // Throws std::system_error if the system refuses, std::runtime_error if the file ends before `to`
   // is full or was written to since it was opened.
   void ReadAt(size_t offset_bytes, std::span<std::byte> to) const;
+  // Has the system begin to read what will be read in small pieces. A hint: never fails.
+  void Announce(size_t offset_bytes, size_t num_bytes) const;
 
  private:
   struct stat Status() const;

@@ -3,7 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/decode.h"
+#include "cuda/device_guard.h"
 #include "cuda/expert_cache.h"
+#include "cuda/upload.h"
+#include "cuda/weighted_sum.h"
 #include "ops/current_stream.h"
 #include "ops/unwrap.h"
 
@@ -110,6 +113,46 @@ void ComputeSlotsOp(Tensor cache, Tensor slots, Tensor hidden_states, Tensor exp
   cuda::ComputeSlots(*owner, Values(slots), tensors.step(), CurrentStream(owner->device()));
 }
 
+void WeightedSumOp(Tensor partial, Tensor expert_weights, Tensor output) {
+  const int device = output.get_device_index();
+  CheckMatrix(partial, "partial", device);
+  CheckMatrix(expert_weights, "expert_weights", device);
+  CheckMatrix(output, "output", device);
+  const auto num_tokens = Saturated(output.size(0));
+  const auto top_k = Saturated(expert_weights.size(1));
+  const DType dtype = ToDType(output, "output");
+  if (expert_weights.size(0) != num_tokens || partial.size(0) != int64_t{num_tokens} * top_k ||
+      partial.size(1) != output.size(1) || ToDType(partial, "partial") != dtype) {
+    throw std::invalid_argument(
+        "partial must be [tokens * k, hidden] for an output of [tokens, hidden] in its dtype, "
+        "and expert_weights [tokens, k]");
+  }
+  const DeviceGuard guard(device);
+  LaunchWeightedSum({.partial = partial.const_data_ptr(),
+                     .weights = expert_weights.const_data_ptr(),
+                     .output = output.mutable_data_ptr(),
+                     .num_tokens = num_tokens,
+                     .top_k = top_k,
+                     .hidden = Saturated(output.size(1)),
+                     .dtype = dtype,
+                     .weights_dtype = ToDType(expert_weights, "expert_weights")},
+                    CurrentStream(device));
+}
+
+void UploadOp(Tensor values, Tensor output) {
+  if (values.scalar_type() != ScalarType::Int || !values.is_cpu() || !values.is_contiguous() ||
+      output.scalar_type() != ScalarType::Int || !output.is_cuda() || !output.is_contiguous() ||
+      values.numel() != output.numel()) {
+    throw std::invalid_argument(
+        "values must be contiguous int32 on the CPU, and output as many on a CUDA device");
+  }
+  const int device = output.get_device_index();
+  const DeviceGuard guard(device);
+  cuda::Upload(
+      {static_cast<const int32_t*>(values.const_data_ptr()), static_cast<size_t>(values.numel())},
+      static_cast<int32_t*>(output.mutable_data_ptr()), CurrentStream(device));
+}
+
 }  // namespace
 }  // namespace expertflow::ops
 
@@ -117,5 +160,7 @@ STABLE_TORCH_LIBRARY_IMPL(expertflow, CUDA, m) {
   m.impl("plan", TORCH_BOX(&expertflow::ops::PlanOp));
   m.impl("compute", TORCH_BOX(&expertflow::ops::ComputeOp));
   m.impl("compute_slots", TORCH_BOX(&expertflow::ops::ComputeSlotsOp));
+  m.impl("weighted_sum", TORCH_BOX(&expertflow::ops::WeightedSumOp));
+  m.impl("upload", TORCH_BOX(&expertflow::ops::UploadOp));
 }
 #endif

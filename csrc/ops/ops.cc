@@ -56,6 +56,8 @@ STABLE_TORCH_LIBRARY(expertflow, m) {
   m.def(
       "compute_slots(Tensor(a!) cache, Tensor slots, Tensor hidden_states, Tensor expert_weights, "
       "Tensor(b!) output) -> ()");
+  m.def("weighted_sum(Tensor partial, Tensor expert_weights, Tensor(a!) output) -> ()");
+  m.def("upload(Tensor values, Tensor(a!) output) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(expertflow, CPU, m) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/eviction/policy.h"
 #include "core/expert_layout.h"
 #include "core/planner.h"
 #include "host/checkpoint_source.h"
@@ -21,6 +22,7 @@
 #include "host/ram_pool.h"
 #include "python/build_info.h"
 #include "python/cuda_module.h"
+#include "python/predictor_binding.h"
 #include "python/registered_cache.h"
 #include "python/simulator_module.h"
 
@@ -168,10 +170,12 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception_translator(&TranslateSystemError);
   m.attr("DTYPE_CODES") =
       py::dict(py::arg("float32") = 0, py::arg("bfloat16") = 1, py::arg("float16") = 2);
+  m.attr("POLICIES") = py::tuple(py::cast(PolicyNames()));
   m.def("build_info", &BuildInfo);
   DefineSources(m);
   DefineCache(m);
   DefineCuda(m);
+  DefinePredictor(m);
   DefineSimulator(m);
 }
 

@@ -155,6 +155,8 @@ TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {
   EXPECT_THROW(enqueue(-1, 2), std::invalid_argument);
   EXPECT_THROW(enqueue(0, kMaxRoutedIds + 1), std::invalid_argument);
   EXPECT_THROW(DevicePlanner(2, 8, 1, config), std::invalid_argument);
+  const PlannerConfig learning{.top_k = 2, .expert_bytes = 1, .policy = PolicyKind::kPredictedNeed};
+  EXPECT_THROW(DevicePlanner(2, 8, 6, learning), std::invalid_argument);
   DevicePlanner many_experts(1, 20'000, 16, config);
   EXPECT_THROW(
       many_experts.PlanLayer(0, ids.Put({1, 2}, false), reinterpret_cast<LayerPlan*>(plan.data()),

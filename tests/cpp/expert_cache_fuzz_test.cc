@@ -11,9 +11,9 @@
 #include <random>
 #include <string>
 #include <thread>
-#include <tuple>
 #include <vector>
 
+#include "every_policy.h"
 #include "host/expert_cache.h"
 #include "scripted_source.h"
 #include "watchdog.h"
@@ -170,9 +170,7 @@ class RandomLayers {
 
 int RandomLayers::num_failures_seen = 0;
 
-using Parameters = std::tuple<PolicyKind, CacheScope>;
-
-class ExpertCacheFuzzTest : public testing::TestWithParam<Parameters> {};
+class ExpertCacheFuzzTest : public testing::TestWithParam<PolicyAndScope> {};
 
 TEST_P(ExpertCacheFuzzTest, NeverAWrongByteNeverAHang) {
   const Watchdog watchdog("the expert cache", std::chrono::seconds(120));
@@ -185,19 +183,8 @@ TEST_P(ExpertCacheFuzzTest, NeverAWrongByteNeverAHang) {
   EXPECT_GT(RandomLayers::num_failures_seen, 50) << "the test must see failures";
 }
 
-std::string NameOf(const testing::TestParamInfo<Parameters>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand"};
-  const auto [policy, scope] = info.param;
-  return std::string(policies[static_cast<size_t>(policy)]) +
-         (scope == CacheScope::kGlobal ? "Global" : "PerLayer");
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    AllPolicies, ExpertCacheFuzzTest,
-    testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
-                                     PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand),
-                     testing::Values(CacheScope::kGlobal, CacheScope::kLayer)),
-    NameOf);
+INSTANTIATE_TEST_SUITE_P(AllPolicies, ExpertCacheFuzzTest, EveryPolicyAndScope(),
+                         NameOfPolicyAndScope);
 
 }  // namespace
 }  // namespace expertflow

@@ -108,6 +108,14 @@ INSTANTIATE_TEST_SUITE_P(
                6,
                {807, 393, 387},
                4},
+        Golden{"NeedGlobal", PolicyKind::kPredictedNeed, CacheScope::kGlobal, 6, {857, 343, 337}},
+        Golden{"NeedPerLayer", PolicyKind::kPredictedNeed, CacheScope::kLayer, 8, {1002, 198, 190}},
+        Golden{"NeedPredicted",
+               PolicyKind::kPredictedNeed,
+               CacheScope::kGlobal,
+               6,
+               {876, 324, 318},
+               4},
         Golden{"OnDemand", PolicyKind::kOnDemand, CacheScope::kGlobal, 6, {0, 1200, 1198}}),
     [](const testing::TestParamInfo<Golden>& info) { return info.param.name; });
 

@@ -54,6 +54,7 @@ class HostBlock {
     }
   }
 
+  void WaitForPrevious() {}
   void CopyAsync(int32_t& to, const int32_t& from) { to = from; }
   void WaitForCopies() {}
 

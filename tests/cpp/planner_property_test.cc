@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -17,6 +16,7 @@
 
 #include "allocation_counter.h"
 #include "core/planner.h"
+#include "every_policy.h"
 #include "reference_planner.h"
 
 namespace expertflow {
@@ -41,7 +41,7 @@ class RandomPlans {
                 .decay_per_token = Draw(0, 1) ? 0.9 : 1.0},
         table_(shape_.num_layers, shape_.num_experts, shape_.num_slots),
         planner_(table_, config_),
-        reference_(shape_.num_layers, shape_.num_slots, config_),
+        reference_(shape_.num_layers, shape_.num_experts, shape_.num_slots, config_),
         counts_(static_cast<size_t>(shape_.num_layers)) {}
 
   void Run(int num_plans) {
@@ -248,9 +248,7 @@ class RandomPlans {
   Tick now_ = 0;
 };
 
-using Parameters = std::tuple<PolicyKind, CacheScope>;
-
-class PlannerPropertyTest : public testing::TestWithParam<Parameters> {};
+class PlannerPropertyTest : public testing::TestWithParam<PolicyAndScope> {};
 
 TEST_P(PlannerPropertyTest, DecidesAsTheReferenceDoes) {
   const auto [policy, scope] = GetParam();
@@ -260,19 +258,8 @@ TEST_P(PlannerPropertyTest, DecidesAsTheReferenceDoes) {
   }
 }
 
-std::string NameOf(const testing::TestParamInfo<Parameters>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand"};
-  const auto [policy, scope] = info.param;
-  return std::string(policies[static_cast<size_t>(policy)]) +
-         (scope == CacheScope::kGlobal ? "Global" : "PerLayer");
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    AllPolicies, PlannerPropertyTest,
-    testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
-                                     PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand),
-                     testing::Values(CacheScope::kGlobal, CacheScope::kLayer)),
-    NameOf);
+INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerPropertyTest, EveryPolicyAndScope(),
+                         NameOfPolicyAndScope);
 
 }  // namespace
 }  // namespace expertflow

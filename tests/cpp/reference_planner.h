@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/eviction/decayed_frequency.h"
+#include "core/eviction/need_model.h"
 #include "core/planner.h"
 
 namespace expertflow {
@@ -28,8 +29,12 @@ class ReferencePlanner {
     Tick predicted = kNever;
   };
 
-  ReferencePlanner(int32_t num_layers, int32_t num_slots, const PlannerConfig& config)
-      : num_layers_(num_layers), config_(config), slots_(static_cast<size_t>(num_slots)) {}
+  ReferencePlanner(int32_t num_layers, int32_t num_experts, int32_t num_slots,
+                   const PlannerConfig& config)
+      : num_layers_(num_layers),
+        config_(config),
+        need_model_(num_layers, num_experts, config.top_k, num_slots),
+        slots_(static_cast<size_t>(num_slots)) {}
 
   ReferencePlanner(const ReferencePlanner&) = delete;
   ReferencePlanner& operator=(const ReferencePlanner&) = delete;
@@ -58,10 +63,14 @@ class ReferencePlanner {
     for (const PlanRow& row : rows) taken.insert(row.slot);
 
     const bool streaming = num_tokens > kMaxDecodeTokens;
+    ObserveNeeds(layer, expert_ids, streaming);
     std::vector<SlotId> victims = Victims(layer, now, taken, /*spare_predicted=*/false);
     if (victims.size() > misses.size()) victims.resize(misses.size());
     if (streaming) LimitToStaging(now, victims);
-    if (!misses.empty() && victims.empty() && rows.empty()) return std::nullopt;
+    if (!misses.empty() && victims.empty() && rows.empty()) {
+      if (!streaming) observed_layer_ = layer;
+      return std::nullopt;
+    }
 
     layer_ = layer;
     now_ = now;
@@ -159,6 +168,8 @@ class ReferencePlanner {
     const bool just_used = !s.streamed && s.key > now - protected_ticks;
     if (two_level && (s.predicted >= now || just_used)) return {3, s.streamed ? -1 : s.key, id};
     if (s.streamed) return {1, 0, id};
+    const bool by_need = config_.policy == PolicyKind::kPredictedNeed;
+    if (by_need && s.predicted >= now) return {3, s.key, id};
     const bool by_frequency = config_.policy == PolicyKind::kDecayedFrequency;
     const bool protects = s.needed > now - protected_ticks || s.predicted >= now;
     if (by_frequency && protects) return {3, s.key, id};
@@ -189,10 +200,30 @@ class ReferencePlanner {
   }
 
   int64_t KeyOnUse(ExpertId expert, Tick now) const {
+    if (config_.policy == PolicyKind::kPredictedNeed) {
+      return PredictedNeed::kKeyOfZero + need_model_.scores(expert.layer)[expert.expert];
+    }
     if (config_.policy != PolicyKind::kDecayedFrequency) return now;
     const auto used = key_of_.find({expert.layer, expert.expert});
     return DecayedFrequency::KeyOnUse(params_, used == key_of_.end() ? kNeverUsed : used->second,
                                       now);
+  }
+
+  // A plan that found no slot comes again, with the same routes.
+  void ObserveNeeds(int32_t layer, std::span<const int64_t> expert_ids, bool streaming) {
+    if (streaming) return;
+    const std::optional<int32_t> observed_layer = std::exchange(observed_layer_, std::nullopt);
+    if (observed_layer == layer) return;
+    std::vector<int32_t> distinct;
+    for (const int64_t id : expert_ids) {
+      const auto expert = static_cast<int32_t>(id);
+      if (std::ranges::find(distinct, expert) == distinct.end()) distinct.push_back(expert);
+    }
+    need_model_.Observe(layer, distinct);
+    if (config_.policy != PolicyKind::kPredictedNeed) return;
+    for (Slot& s : slots_) {
+      if (s.expert && s.expert->layer == layer && !s.streamed) s.key = KeyOnUse(*s.expert, 0);
+    }
   }
 
   void Use(SlotId id) {
@@ -232,7 +263,10 @@ class ReferencePlanner {
 
   int32_t num_layers_;
   PlannerConfig config_;
-  // The arithmetic of keys is the planner's own; decayed_frequency_test checks it.
+  // The arithmetic of keys and scores is the planner's own; decayed_frequency_test and
+  // need_model_test check it.
+  NeedModel need_model_;
+  std::optional<int32_t> observed_layer_;
   DecayedFrequency::Log2Table log2_table_ = DecayedFrequency::MakeLog2Table();
   EvictionParams params_{num_layers_,
                          DecayedFrequency::DecayPerTickQ24(config_.decay_per_token, num_layers_),

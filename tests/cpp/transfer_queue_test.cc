@@ -29,6 +29,17 @@ TEST(TransferQueueTest, RefusesASecondTransferIntoASlot) {
   EXPECT_NO_THROW(queue.Post(kA, kExpert, 100, kDemand, 1));
 }
 
+TEST(TransferQueueTest, ChunksOfDemandsMayBeLarger) {
+  TransferQueue queue(2, 100, 9, 250);
+  queue.Post(kA, kExpert, 300, kPrefetch, 1);
+  EXPECT_EQ(queue.Next()->num_bytes, 100U);
+  queue.Promote(kA, 1);
+  EXPECT_EQ(queue.Next()->num_bytes, 200U) << "what is left of a prefetch that is promoted";
+  queue.Post(kB, kExpert, 300, kDemand, 1);
+  EXPECT_EQ(queue.Next()->num_bytes, 250U);
+  EXPECT_EQ(queue.Next()->num_bytes, 50U);
+}
+
 TEST(TransferQueueTest, DemandsThenNearerThenEarlierPosted) {
   TransferQueue queue(6, 100, 6);
   queue.Post(SlotId{0}, kExpert, 100, kPrefetch, 7);

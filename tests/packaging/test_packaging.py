@@ -70,7 +70,6 @@ def test_includes_of_this_tree_point_one_way() -> None:
         ("host", '"ops/ops.h"'),
         ("host", "<cuda_runtime.h>"),
         ("host", "<pybind11/pybind11.h>"),
-        ("cuda", '"host/ram_pool.h"'),
         ("ops", '"python/module.h"'),
         ("ops", "<c10/cuda/CUDAStream.h>"),
         ("python", '"ops/ops.h"'),

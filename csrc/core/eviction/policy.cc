@@ -3,15 +3,36 @@
 #include <stdexcept>
 
 namespace expertflow {
+namespace {
+
+struct NamedPolicy {
+  const char* name;
+  PolicyKind kind;
+};
+
+constexpr NamedPolicy kPolicies[] = {
+    {"decayed_frequency", PolicyKind::kDecayedFrequency},
+    {"predicted_need", PolicyKind::kPredictedNeed},
+    {"lru", PolicyKind::kLru},
+    {"two_level_lru", PolicyKind::kTwoLevelLru},
+    {"on_demand", PolicyKind::kOnDemand},
+};
+
+}  // namespace
+
+std::vector<std::string> PolicyNames() {
+  std::vector<std::string> names;
+  for (const NamedPolicy& policy : kPolicies) names.emplace_back(policy.name);
+  return names;
+}
 
 PolicyKind ParsePolicy(std::string_view name) {
-  if (name == "lru") return PolicyKind::kLru;
-  if (name == "decayed_frequency") return PolicyKind::kDecayedFrequency;
-  if (name == "two_level_lru") return PolicyKind::kTwoLevelLru;
-  if (name == "on_demand") return PolicyKind::kOnDemand;
-  throw std::invalid_argument(
-      "policy '" + std::string(name) +
-      "' is unknown: use lru, decayed_frequency, two_level_lru or on_demand");
+  std::string known;
+  for (const NamedPolicy& policy : kPolicies) {
+    if (name == policy.name) return policy.kind;
+    known += (known.empty() ? "" : ", ") + std::string(policy.name);
+  }
+  throw std::invalid_argument("policy '" + std::string(name) + "' is unknown: use one of " + known);
 }
 
 CacheScope ParseScope(std::string_view name) {

@@ -3,15 +3,24 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "core/slot_table.h"
 
 namespace expertflow {
 
-enum class PolicyKind : int32_t { kLru, kDecayedFrequency, kTwoLevelLru, kOnDemand };
+enum class PolicyKind : int32_t {
+  kLru,
+  kDecayedFrequency,
+  kTwoLevelLru,
+  kOnDemand,
+  kPredictedNeed
+};
 
 // Which slots a layer may take: any, or its own equal share of them.
 enum class CacheScope : int32_t { kGlobal, kLayer };
+
+std::vector<std::string> PolicyNames();
 
 // Throw std::invalid_argument that lists the names there are.
 PolicyKind ParsePolicy(std::string_view name);

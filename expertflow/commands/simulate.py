@@ -1,4 +1,4 @@
-"""The command `expertflow simulate`."""
+"""`expertflow simulate`: what a cache would cost on a recorded trace."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .link_profiles import LINK_PROFILES, link_profile
-from .memory import parse_size
-from .simulation import MAX_HORIZON, POLICIES, PREDICTORS, Machine, Simulation, combinations
-from .traces import load_trace
+from ..link_profiles import LINK_PROFILES, link_profile
+from ..memory import parse_size
+from ..simulation import MAX_HORIZON, POLICIES, PREDICTORS, Machine, Simulation, combinations
+from ..traces import load_trace
+from .options import not_negative
 
 _COLUMNS = {
     "policy": "policy",
@@ -46,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"link: {', '.join(LINK_PROFILES)}, or a file with bandwidth_gbps and latency_us",
     )
     parser.add_argument(
-        "--layer-time-us", required=True, type=_not_negative, metavar="N", help="compute of a layer"
+        "--layer-time-us", required=True, type=not_negative, metavar="N", help="compute of a layer"
     )
     parser.add_argument("--policy", choices=(*POLICIES, "all"), default="ours")
     parser.add_argument("--predictor", choices=(*PREDICTORS, "all"), default="none")
@@ -80,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         simulation.run(policy, predictor, options.horizon)
         for policy, predictor in combinations(trace, options.policy, options.predictor)
     ]
-    print(json.dumps(rows) if options.json else _table(rows))  # noqa: T201
+    print(json.dumps(rows) if options.json else _table(rows))
     return 0
 
 
@@ -122,11 +123,4 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
     return value

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/predictor/need_calibration.h"
+#include "core/predictor/routing_rule.h"
+#include "core/predictor/score_model.h"
+
+namespace expertflow {
+
+struct PredictorConfig {
+  int32_t num_layers = 0;  // MoE layers
+  int32_t hidden = 0;
+  int32_t max_distance = 0;
+  int32_t num_token_buckets = 0;  // token ids are taken modulo this; 0: tokens are not looked at
+  RoutingRule rule;
+
+  // Throws std::invalid_argument.
+  void Check() const;
+};
+
+// Everything a predictor has learned, in flat arrays that are saved, and copied to a device, as
+// they are. A *pair* is a layer and a distance whose target layer exists.
+struct LearnedState {
+  explicit LearnedState(const PredictorConfig& config);
+
+  size_t Pair(size_t layer, size_t distance) const { return first_pair[layer] + distance - 1; }
+  std::span<float> Weights(size_t pair) {
+    return {weights.data() + pair * num_experts * num_features, num_experts * num_features};
+  }
+  // The mean target of a bucket's tokens at `layer`, shrunk towards 0 while there are few.
+  std::span<float> TokenMean(size_t layer, size_t bucket) {
+    return {token_means.data() + (layer * num_buckets + bucket) * num_experts, num_experts};
+  }
+
+  size_t num_experts, num_buckets;
+  size_t num_features;                // hidden + hidden + experts + 1, rounded up to 16 floats
+  std::vector<size_t> first_pair;     // by layer, and one more: the number of pairs
+  std::vector<float> weights;         // [pairs, experts, features]
+  std::vector<ScoreScalars> scalars;  // [pairs]
+  std::vector<NeedCalibration> calibrations;  // [pairs]
+  std::vector<float> token_means;             // [layers, buckets, experts]
+  std::vector<float> token_counts;            // [layers, buckets]
+  std::vector<float> deviations;              // [layers] of the selection scores; 0: none seen yet
+  std::vector<float> num_tokens;              // [layers] behind `deviations`
+};
+
+}  // namespace expertflow

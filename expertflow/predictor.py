@@ -1,0 +1,262 @@
+"""Foresees which experts later layers will need, and learns it while the model runs.
+
+The arithmetic is csrc/core/predictor; docs/prediction.md says where it comes from and how good it
+is. This module feeds it from a model's forward passes, and saves what it learned.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from . import _core
+from .errors import CheckpointError
+from .routers import Routers, find_routers
+
+MAX_DISTANCE = 8
+_MAX_TOKEN_BUCKETS = 8192
+# Rows that are predicted and learned from in one pass, the last of each sequence and at least one:
+# a long prompt must not cost more than the experts it routes to.
+_MAX_ROWS = 8
+_MIN_NEED = 0.4  # an expert less probable than this is not worth a place in the cache
+_FORMAT = "expertflow-predictor-1"
+
+
+class ExpertPredictor:
+    """Predicts for each MoE layer what the layers behind it will need.
+
+    An instance is a `predictor` for `MoELayer`: call it with a layer's number and its router input,
+    layer by layer, and it returns what to prefetch. Each call also teaches it: it compares what it
+    foresaw for this layer with how the layer routes. It belongs to one model. Passes of several
+    threads may take turns, but what they teach is then worth less.
+
+    Args:
+        routers: of the model, see `find_routers`.
+        max_distance: layers that it looks ahead, at most 8.
+        num_token_buckets: token ids are told apart modulo this; 0 ignores them. It remembers an
+            average for each bucket and layer, 4 * experts bytes.
+    """
+
+    def __init__(
+        self,
+        routers: Routers,
+        *,
+        max_distance: int = MAX_DISTANCE,
+        num_token_buckets: int = _MAX_TOKEN_BUCKETS,
+    ) -> None:
+        if not 1 <= max_distance <= MAX_DISTANCE:
+            raise ValueError(f"max_distance={max_distance} is not between 1 and {MAX_DISTANCE}")
+        empty = np.empty(0, np.float32)
+        self._core = _core.Predictor(
+            routers.weights,
+            biases=empty if routers.biases is None else routers.biases,
+            corrections=empty if routers.corrections is None else routers.corrections,
+            top_k=routers.top_k,
+            is_sigmoid=routers.is_sigmoid,
+            num_groups=routers.num_groups,
+            top_groups=routers.top_groups,
+            max_distance=max_distance,
+            num_token_buckets=num_token_buckets,
+        )
+        self.num_layers, self.num_experts, self.hidden_size = routers.weights.shape
+        self._router_norms = np.linalg.norm(routers.weights, axis=-1)  # tells models apart
+        self.max_distance = max_distance
+        self.num_token_buckets = num_token_buckets
+        # Layers ahead that are prefetched; whoever controls the horizon sets it between layers.
+        self.horizon = min(2, max_distance)
+        self._token_ids: Tensor | None = None
+        self._shape = (1, 1)  # of the pass: sequences, rows of each
+        self._rows_kept = 1  # of each sequence
+        self._last_layer = self.num_layers
+
+    @classmethod
+    def for_model(cls, model: nn.Module, *, max_distance: int = MAX_DISTANCE) -> ExpertPredictor:
+        """Return a predictor of a transformers model, which tells it the token ids of each pass."""
+        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        num_buckets = min(_MAX_TOKEN_BUCKETS, int(embedding.num_embeddings))  # type: ignore[arg-type]
+        predictor = cls(
+            find_routers(model), max_distance=max_distance, num_token_buckets=num_buckets
+        )
+        owner = weakref.ref(predictor)
+
+        def note_tokens(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if torch.compiler.is_compiling():
+                return
+            alive = owner()
+            if alive is not None and arguments:
+                alive.note_tokens(arguments[0])
+
+        embedding.register_forward_pre_hook(note_tokens)
+        return predictor
+
+    def note_tokens(self, token_ids: Tensor) -> None:
+        """Take the token ids [sequences, rows] of the pass that is about to begin."""
+        self._token_ids = token_ids
+
+    def __call__(self, layer: int, hidden_states: Tensor) -> list[tuple[int, Tensor]]:
+        """Observe `layer`, and return what to prefetch for the next `horizon` layers.
+
+        Pairs of a distance and the ids of the experts that the layer so far ahead will probably
+        need, the most probable first.
+        """
+        self.observe(layer, hidden_states)
+        distances = range(1, min(self.horizon, self.num_distances) + 1)
+        return [(distance, _most_needed(self.need(distance))) for distance in distances]
+
+    def observe(self, layer: int, hidden_states: Tensor) -> None:
+        """Foresee from the router input [rows, hidden] of `layer`, and learn from how it routes.
+
+        A layer that does not come after the last one, or has other rows, begins a new pass.
+        """
+        num_rows = hidden_states.shape[0]
+        if layer <= self._last_layer or num_rows != self._shape[0] * self._shape[1]:
+            self._begin_pass(num_rows)
+        self._last_layer = layer
+        states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
+        self._core.observe(layer, states.float().cpu().numpy())
+        self._core.predict(layer)
+        self._core.learn(layer)
+
+    @property
+    def num_distances(self) -> int:
+        """How many layers ahead the last `observe` foresaw."""
+        return self._core.num_distances
+
+    def need(self, distance: int) -> NDArray[np.float32]:
+        """[experts]: the probability that the layer so far ahead needs each of them."""
+        return self._core.need(distance)
+
+    def replay(
+        self, hidden: NDArray[Any], token_ids: NDArray[Any], num_ranked: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Run over recorded router inputs as if decoding: each token is foreseen, then learned.
+
+        Args:
+            hidden: [tokens, layers, hidden], any float type.
+            token_ids: [tokens], or empty.
+            num_ranked: experts to name for each layer and distance.
+
+        Returns:
+            ids and needs, [tokens, layers, max_distance, num_ranked]: entry [t, l, d - 1] was
+            foreseen at layer l for layer l + d, the most needed first; 0 where there is none.
+        """
+        self._last_layer = self.num_layers
+        return self._core.replay(
+            np.asarray(hidden, np.float32), np.asarray(token_ids, np.int64), num_ranked
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save what was learned as a safetensors file."""
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            save_file(self._saved(), part, metadata=self._metadata())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over what `save` saved; nothing changes if the file does not fit.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: the file is damaged, or was not saved by `save`.
+            ValueError: it belongs to a model or predictor of other sizes.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path} with a saved predictor")
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a saved predictor: {error}") from error
+        self._check(path, metadata, arrays)
+        for name, array in self._core.state.items():
+            array[...] = arrays[name]
+
+    def _saved(self) -> dict[str, NDArray[np.float32]]:
+        return self._core.state | {"router_norms": self._router_norms}
+
+    def _metadata(self) -> dict[str, str]:
+        sizes = {
+            "layers": self.num_layers,
+            "experts": self.num_experts,
+            "hidden size": self.hidden_size,
+            "max_distance": self.max_distance,
+            "token buckets": self.num_token_buckets,
+        }
+        return {"format": _FORMAT} | {name: str(size) for name, size in sizes.items()}
+
+    def _check(
+        self,
+        path: str | os.PathLike[str],
+        metadata: dict[str, str],
+        arrays: dict[str, NDArray[Any]],
+    ) -> None:
+        if metadata.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path} is not a predictor that this version saves: its format is "
+                f"{metadata.get('format')!r}, not {_FORMAT!r}"
+            )
+        for name, size in self._metadata().items():
+            if metadata.get(name) != size:
+                raise ValueError(
+                    f"{path} was saved for {name} {metadata.get(name)}, and this model has {size}: "
+                    "it was learned on another model"
+                )
+        for name, expected in self._saved().items():
+            found = arrays.get(name)
+            if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+                shape = None if found is None else (*found.shape, str(found.dtype))
+                raise CheckpointError(
+                    f"{path}: {name} should be {(*expected.shape, 'float32')}, found {shape}"
+                )
+            if not np.isfinite(found).all():
+                raise CheckpointError(f"{path}: {name} has values that are not finite")
+        # Loose, so that the same model may be loaded in another dtype.
+        if not np.allclose(arrays["router_norms"], self._router_norms, rtol=0.02):
+            raise ValueError(f"{path} was learned on another model: its routers differ")
+
+    def _begin_pass(self, num_rows: int) -> None:
+        token_ids, self._token_ids = self._token_ids, None
+        if token_ids is not None and (
+            token_ids.dim() != 2 or token_ids.numel() != num_rows or bool((token_ids < 0).any())
+        ):
+            token_ids = None  # not of this pass, or not all of them tokens
+        self._shape = (1, num_rows)
+        if token_ids is not None:
+            self._shape = (token_ids.shape[0], token_ids.shape[1])
+        num_sequences, rows = self._shape
+        self._rows_kept = min(rows, max(1, _MAX_ROWS // num_sequences))
+        kept = np.empty(0, np.int64)
+        if token_ids is not None:
+            kept = token_ids[:, -self._rows_kept :].to(torch.int64).cpu().numpy()
+        self._core.begin_pass(num_sequences, self._rows_kept, kept)
+
+
+def predictor_bytes(
+    num_layers: int, num_experts: int, hidden_size: int, max_distance: int, vocabulary: int
+) -> int:
+    """Memory of what `ExpertPredictor.for_model` makes."""
+    num_pairs = sum(min(max_distance, num_layers - 1 - layer) for layer in range(num_layers))
+    num_features = 2 * hidden_size + num_experts + 16
+    num_buckets = min(_MAX_TOKEN_BUCKETS, vocabulary)
+    floats_per_expert = num_pairs * num_features + num_layers * (hidden_size + num_buckets)
+    return 4 * num_experts * floats_per_expert
+
+
+def _most_needed(need: NDArray[np.float32]) -> Tensor:
+    order = np.argsort(-need, kind="stable")
+    return torch.from_numpy(order[: int((need >= _MIN_NEED).sum())])

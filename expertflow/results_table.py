@@ -1,0 +1,35 @@
+"""The table that shows runs of a model beside each other."""
+
+from collections.abc import Sequence
+
+from .cache import hit_rate
+from .generation import Generation
+from .memory import format_size
+
+
+def results_table(rows: Sequence[tuple[str, Generation]]) -> str:
+    """Return a table with one row for each named run."""
+    head = ("", "expert cache", "hit rate", "tokens/s", "stall/token", "fetched/token")
+    cells = [head]
+    for name, run in rows:
+        fetched = run.statistics["demand_bytes"] + run.statistics["prefetch_bytes"]
+        share = run.expert_cache_bytes / run.expert_pool_bytes
+        cells.append(
+            (
+                name,
+                f"{format_size(run.expert_cache_bytes)} ({share:.0%})",
+                f"{hit_rate(run.statistics):.1%}",
+                f"{run.tokens_per_second:.1f}",
+                f"{run.stall_ms_per_token:.3f} ms",
+                format_size(fetched // max(run.new_tokens, 1)),
+            )
+        )
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join((first, *others)))
+    return "\n".join(lines)

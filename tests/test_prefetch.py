@@ -1,0 +1,127 @@
+"""Models that prefetch what a predictor foresees: the same bits, and experts that arrive early."""
+
+import pytest
+import torch
+from streamed import EVERYTHING_CACHED, CacheOptions, generate, logits, same_bits, token_ids, use
+from tiny_models import FAMILIES, VOCAB_SIZE
+
+import expertflow
+from expertflow.predictor import ExpertPredictor, predictor_bytes
+
+PROMPTS = token_ids(23, 9, 1)
+
+
+@pytest.fixture
+def predicting(tiny_streamed):
+    """Gives a shared model a fresh predictor, and takes it away after the test."""
+    changed = []
+
+    def prepare(family, options=EVERYTHING_CACHED):
+        model = use(tiny_streamed(family), options)
+        model.set_predictor(ExpertPredictor.for_model(model, max_distance=3))
+        changed.append(model)
+        return model
+
+    yield prepare
+    for model in changed:
+        model.set_predictor(None)
+
+
+def outputs(model):
+    return [
+        logits(model, PROMPTS),
+        generate(model, PROMPTS, 12),
+        *generate(
+            model, token_ids(11), 12, output_logits=True, return_dict_in_generate=True
+        ).logits,
+    ]
+
+
+@pytest.mark.parametrize("size", ["smallest", "25%", "50%"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefetching_changes_no_bit(tiny_streamed, predicting, family, size):
+    expected = outputs(use(tiny_streamed(family), EVERYTHING_CACHED))
+    model = predicting(family, CacheOptions(size))
+    for horizon in (1, 3):
+        model.predictor.horizon = horizon
+        assert same_bits(outputs(model), expected)
+    assert size == "smallest" or model.expert_cache.statistics()["prefetch_bytes"] > 0
+
+
+def test_horizon_0_prefetches_nothing_and_learns(predicting):
+    model = predicting("qwen3_moe", CacheOptions("50%"))
+    model.predictor.horizon = 0
+    generate(model, PROMPTS, 5)
+    assert model.expert_cache.statistics()["prefetch_bytes"] == 0
+    assert model.predictor._core.state["weights"].any()
+
+
+def test_tokens_of_each_pass_are_known(predicting):
+    model = predicting("qwen3_moe")
+    prompt = token_ids(5)
+    generated = generate(model, prompt, 6)[0, :-1].tolist()
+    counts = model.predictor._core.state["token_counts"]
+    assert {int(token) for token in counts[0].nonzero()[0]} == set(generated)
+    assert counts[0].sum() == len(generated)
+
+
+def test_a_compiled_model_prefetches_too(predicting):
+    model = predicting("qwen3_moe", CacheOptions("50%"))
+    expected = logits(model, token_ids(4))
+    counts = model.predictor._core.state["token_counts"].copy()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        found = compiled(**token_ids(4)).logits
+    assert same_bits([found], [expected])
+    learned = model.predictor._core.state["num_tokens"]
+    assert learned.tolist() == [8.0] * len(learned)
+    assert (counts == model.predictor._core.state["token_counts"]).all()  # tokens are not seen
+
+
+def test_from_pretrained_makes_saves_and_loads_a_predictor(tiny_checkpoint, tmp_path):
+    path = tiny_checkpoint("deepseek_v3")
+    options = {"expert_cache": "50%", "progress": False}
+    model = expertflow.from_pretrained(path, prefetch="auto", **options)
+    generate(model, PROMPTS, 8)
+    assert model.expert_cache.statistics()["prefetch_bytes"] > 0
+    model.save_predictor(tmp_path / "learned")
+    other = expertflow.from_pretrained(path, prefetch="auto", **options)
+    assert not other.predictor._core.state["weights"].any()
+    other.load_predictor(tmp_path / "learned")
+    theirs = other.predictor._core.state
+    for name, array in model.predictor._core.state.items():
+        assert (array == theirs[name]).all() and array.any()
+
+    plain = expertflow.from_pretrained(path, **options)
+    with pytest.raises(ValueError, match='prefetch="auto"'):
+        plain.save_predictor(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="prefetch=True"):
+        expertflow.from_pretrained(path, prefetch=True, **options)
+    same_sizes = expertflow.from_pretrained(tiny_checkpoint("glm4_moe"), prefetch="auto", **options)
+    with pytest.raises(ValueError, match="another model"):
+        same_sizes.load_predictor(tmp_path / "learned")
+    half = expertflow.from_pretrained(path, prefetch="auto", dtype="bfloat16", **options)
+    half.load_predictor(tmp_path / "learned")
+
+
+def test_set_expert_cache_keeps_the_predictor(predicting):
+    model = predicting("qwen3_moe")
+    predictor = model.predictor
+    use(model, CacheOptions("50%"))
+    generate(model, PROMPTS, 5)
+    assert model.predictor is predictor
+    assert model.expert_cache.statistics()["prefetch_bytes"] > 0
+
+
+def test_memory_of_the_predictor_is_counted(tiny_checkpoint):
+    path = tiny_checkpoint("qwen3_moe")
+    options = {"pool": "file", "progress": False}
+    model = expertflow.from_pretrained(path, prefetch="auto", **options)
+    held = sum(array.nbytes for array in model.predictor._core.state.values())
+    counted = predictor_bytes(3, 8, 32, 4, VOCAB_SIZE)
+    assert 0 < counted - held < 0.3 * counted
+    limit = model.sizes.expert_bytes_total // 4 + model.sizes.other_bytes
+    expertflow.from_pretrained(path, ram_limit=limit, **options)
+    expertflow.from_pretrained(path, prefetch="auto", ram_limit=limit + counted, **options)
+    with pytest.raises(MemoryError):
+        expertflow.from_pretrained(path, prefetch="auto", ram_limit=limit + counted - 1, **options)

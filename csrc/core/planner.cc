@@ -22,7 +22,7 @@ PlanningView MakePlanningView(const PlannerConfig& config, const SlotTableView& 
                                 std::to_string(config.decay_per_token));
   }
   return {.table = table,
-          .eviction = {table.num_layers,
+          .eviction = {ProtectedTicks(config.scope, table.num_layers),
                        DecayedFrequency::DecayPerTickQ24(config.decay_per_token, table.num_layers),
                        log2_table},
           .statistics = statistics,

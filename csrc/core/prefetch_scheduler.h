@@ -60,12 +60,12 @@ struct LayerObservation {
 //   gain = used - late stall / transfer
 //
 // The exponent and the factors are fits: the simulator's traces and profiles, bench/paper/.
-// It settles where the cost is kCostShare of the gain: what the last prefetches cost is about twice
+// It settles where the cost is kCostShare of the gain: what the last prefetches cost is over twice
 // the average. If it climbs to kMaxPrice, prefetching does not pay: the horizon is 0 for a while,
 // twice as long each time. Pure: times are arguments.
 class PrefetchScheduler {
  public:
-  static constexpr double kCostShare = 0.5;
+  static constexpr double kCostShare = 0.4;
   static constexpr double kMinPrice = 1.0 / 32;
   static constexpr double kFirstPrice = 2.0;  // also after a pause
   static constexpr double kMaxPrice = 4.0;

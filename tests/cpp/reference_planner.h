@@ -164,13 +164,14 @@ class ReferencePlanner {
     const Slot& s = slot(id);
     if (!s.expert) return {0, 0, id};
     const bool two_level = config_.policy == PolicyKind::kTwoLevelLru;
-    const bool just_used = !s.streamed && s.key > now - num_layers_;
+    const Tick protected_ticks = config_.scope == CacheScope::kLayer ? 1 : num_layers_;
+    const bool just_used = !s.streamed && s.key > now - protected_ticks;
     if (two_level && (s.predicted >= now || just_used)) return {3, s.streamed ? -1 : s.key, id};
     if (s.streamed) return {1, 0, id};
     const bool by_need = config_.policy == PolicyKind::kPredictedNeed;
     if (by_need && s.predicted >= now) return {3, s.key, id};
     const bool by_frequency = config_.policy == PolicyKind::kDecayedFrequency;
-    const bool protects = s.needed > now - num_layers_ || s.predicted >= now;
+    const bool protects = s.needed > now - protected_ticks || s.predicted >= now;
     if (by_frequency && protects) return {3, s.key, id};
     return {2, s.key, id};
   }

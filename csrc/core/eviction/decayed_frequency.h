@@ -51,7 +51,7 @@ struct DecayedFrequency {
   EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotTableView& table,
                                     int32_t slot, Tick now) {
     const int64_t key = table.slot_key[slot];
-    const bool just_used = table.slot_needed[slot] > now - params.ticks_per_token;
+    const bool just_used = table.slot_needed[slot] > now - params.protected_ticks;
     const bool predicted = table.slot_predicted[slot] >= now;
     return key >= 0 && (just_used || predicted) ? key + kProtected : key;
   }

@@ -29,10 +29,17 @@ CacheScope ParseScope(std::string_view name);
 // What the policies' per-slot functions need beside the table; plain data, passed to kernels by
 // value.
 struct EvictionParams {
-  Tick ticks_per_token;             // layers
+  Tick protected_ticks;             // for so long a use protects: see ProtectedTicks
   int64_t decay_per_tick_q24;       // -log2 of the decay of use frequencies, 24 fraction bits
   const int32_t* log2_1p_exp2_q24;  // see eviction/decayed_frequency.h
 };
+
+// A token's worth of plans in a table that all layers share. Where each layer has its own slots, it
+// is planned once a token: there a use would protect from prefetches only, which must take the slot
+// that the demand they stand for would take.
+inline Tick ProtectedTicks(CacheScope scope, int32_t num_layers) {
+  return scope == CacheScope::kLayer ? 1 : num_layers;
+}
 
 // Added to the rank of a slot that goes only after all that are not protected.
 constexpr int64_t kProtected = int64_t{1} << 62;

@@ -12,7 +12,7 @@ struct TwoLevelLru {
                                     int32_t slot, Tick now) {
     const int64_t last_use = table.slot_key[slot];
     const bool predicted = table.slot_predicted[slot] >= now;
-    const bool just_used = last_use >= 0 && last_use > now - params.ticks_per_token;
+    const bool just_used = last_use >= 0 && last_use > now - params.protected_ticks;
     return predicted || just_used ? last_use + kProtected : last_use;
   }
 };

@@ -156,11 +156,12 @@ void ExpertMlp::UseKernelsOf() {
   using enum mlp::Stage;
   const auto variant = [this]<int kTokens>() -> Variant {
     if (shape_.kind == ExpertMlpKind::kStandard) {
-      return {kTokens, mlp::kRingBytes,
+      return {kTokens, mlp::kRowBlocks<kTokens>, mlp::kRingBytes,
               reinterpret_cast<const void*>(&mlp::RowKernel<Scalar, kTokens, kGateUp>),
               reinterpret_cast<const void*>(&mlp::RowKernel<Scalar, kTokens, kDown>)};
     }
-    return {kTokens, mlp::kRingBytes + sizeof(mlp::WarpSums<Scalar, kTokens>),
+    return {kTokens, mlp::kColumnBlocks<kTokens>,
+            mlp::kRingBytes + sizeof(mlp::WarpSums<Scalar, kTokens>),
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kGateUp>),
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kDown>)};
   };
@@ -209,17 +210,17 @@ void ExpertMlp::Launch(const ExpertMlpBatch& batch, cudaStream_t stream) const {
   const int32_t max_pairs = MaxPairs(gate_up);
   const Variant* variant = variants_;
   while (variant->max_tokens < max_pairs) ++variant;
-  LaunchStage(variant->gate_up, variant->shared_bytes, gate_up, stream);
-  LaunchStage(variant->down, variant->shared_bytes, down, stream);
+  LaunchStage(*variant, variant->gate_up, gate_up, stream);
+  LaunchStage(*variant, variant->down, down, stream);
 }
 
-void ExpertMlp::LaunchStage(const void* kernel, size_t shared_bytes, const mlp::Params& params,
+void ExpertMlp::LaunchStage(const Variant& variant, const void* kernel, const mlp::Params& params,
                             cudaStream_t stream) const {
   void* arguments[] = {const_cast<mlp::Params*>(&params)};
   LaunchOverlapped({.kernel = kernel,
-                    .num_blocks = num_multiprocessors_,
+                    .num_blocks = num_multiprocessors_ * variant.blocks_per_multiprocessor,
                     .num_threads = mlp::kThreads,
-                    .shared_bytes = shared_bytes,
+                    .shared_bytes = variant.shared_bytes,
                     .overlaps_previous = overlaps_},
                    arguments, stream);
 }

@@ -81,6 +81,7 @@ class ExpertMlp {
   // The two kernels for up to max_tokens tokens of an expert at once.
   struct Variant {
     int32_t max_tokens;
+    unsigned blocks_per_multiprocessor;
     size_t shared_bytes;
     const void* gate_up;
     const void* down;
@@ -90,7 +91,7 @@ class ExpertMlp {
   template <class Scalar>
   void UseKernelsOf();
   void PrepareDevice();
-  void LaunchStage(const void* kernel, size_t shared_bytes, const mlp::Params& params,
+  void LaunchStage(const Variant& variant, const void* kernel, const mlp::Params& params,
                    cudaStream_t stream) const;
 
   ExpertMlpShape shape_;

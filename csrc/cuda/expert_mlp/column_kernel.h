@@ -8,7 +8,6 @@
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/result.h"
 #include "cuda/expert_mlp/weight_stream.h"
-#include "cuda/grid_dependency.h"
 
 // Matrices [inputs, outputs], ExpertMlpKind::kGptOss. A unit is 128 bytes of columns, reduced by
 // one block: a thread owns a chunk of columns and every 64th row.
@@ -114,17 +113,20 @@ __device__ void ReduceTile(const Params& params, const Pass& pass, int tile,
                                                       total.y);
 }
 
+// Blocks of a multiprocessor: as many as its registers and shared memory hold.
+template <int kTokens>
+constexpr unsigned kColumnBlocks = kTokens == 1 ? 2 : 1;
+
 template <class Scalar, int kTokens, Stage kStage>
-__global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kColumnBlocks<kTokens>)
     ColumnKernel(const __grid_constant__ Params params) {
   extern __shared__ uint4 ring[];
   auto& warp_sums = *reinterpret_cast<WarpSums<Scalar, kTokens>*>(ring + kRingBytes / 16);
   const ColumnLayout<Scalar> layout(params);
   const int grid = static_cast<int>(gridDim.x);
   const int first_unit = static_cast<int>(blockIdx.x);
-  if constexpr (kStage == Stage::kGateUp) WaitForPrerequisites();
   WeightStream stream(params, layout, ring, first_unit, grid);
-  if constexpr (kStage == Stage::kDown) WaitForPrerequisites();
+  stream.template Start<kStage>();
 
   const int num_units = params.num_passes * layout.num_units();
   for (int unit = first_unit; unit < num_units; unit += grid) {

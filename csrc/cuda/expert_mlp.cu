@@ -161,7 +161,7 @@ void ExpertMlp::UseKernelsOf() {
               reinterpret_cast<const void*>(&mlp::RowKernel<Scalar, kTokens, kDown>)};
     }
     return {kTokens, mlp::kColumnBlocks<kTokens>,
-            mlp::kRingBytes + sizeof(mlp::WarpSums<Scalar, kTokens>),
+            mlp::kRingBytes + sizeof(mlp::WarpSums<Scalar, kTokens>) + mlp::kInputCacheBytes,
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kGateUp>),
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kDown>)};
   };

@@ -81,10 +81,10 @@ class ExpertMlp {
   // The two kernels for up to max_tokens tokens of an expert at once.
   struct Variant {
     int32_t max_tokens;
-    unsigned blocks_per_multiprocessor;
     size_t shared_bytes;
     const void* gate_up;
     const void* down;
+    unsigned num_blocks = 0;  // as many as the device holds at once
   };
   static constexpr int kNumVariants = 3;
 
@@ -96,7 +96,6 @@ class ExpertMlp {
 
   ExpertMlpShape shape_;
   Variant variants_[kNumVariants];
-  unsigned num_multiprocessors_ = 0;
   // A kernel starts while the one before it ends. The gate-up kernel touches no memory until that
   // one has ended; the down kernel loads weights before.
   bool overlaps_ = false;

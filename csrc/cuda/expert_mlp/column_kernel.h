@@ -140,12 +140,8 @@ __device__ void ReduceTile(const Params& params, const Pass& pass, int tile,
   }
 }
 
-// Blocks for each multiprocessor: as many as its registers and shared memory hold.
-template <int kTokens>
-constexpr unsigned kColumnBlocks = kTokens == 1 ? 2 : 1;
-
 template <class Scalar, int kTokens, Stage kStage>
-__global__ void __launch_bounds__(kThreads, kColumnBlocks<kTokens>)
+__global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
     ColumnKernel(const __grid_constant__ Params params) {
   extern __shared__ uint4 ring[];
   auto& warp_sums = *reinterpret_cast<WarpSums<Scalar, kTokens>*>(ring + kRingBytes / 16);

@@ -75,16 +75,8 @@ __device__ void MultiplyRows(const WeightPair& weights, const uint4* const (&inp
   }
 }
 
-// Blocks for each multiprocessor: as many as its registers and shared memory hold. One block loads
-// while the other sums up, and the next kernel's blocks take the places of this one's one by one.
-// At 1 token two blocks reach 83 % (Qwen3-30B-A3B) and 96 % (Mixtral) of the rate of a kernel that
-// only reads, one 77 and 86 % (H100, 2026-11-25); 84 and 98 % where the next kernel is let start at
-// the beginning instead of with the last loads.
-template <int kTokens>
-constexpr unsigned kRowBlocks = kTokens <= 4 ? 2 : 1;
-
 template <class Scalar, int kTokens, Stage kStage>
-__global__ void __launch_bounds__(kThreads, kRowBlocks<kTokens>)
+__global__ void __launch_bounds__(kThreads, kTokens <= 4 ? 2 : 1)
     RowKernel(const __grid_constant__ Params params) {
   extern __shared__ uint4 ring[];
   const int lane = static_cast<int>(threadIdx.x) % 32;

@@ -84,18 +84,18 @@ class ExpertMlp {
     size_t shared_bytes;
     const void* gate_up;
     const void* down;
+    unsigned num_blocks = 0;  // as many as the device holds at once
   };
   static constexpr int kNumVariants = 3;
 
   template <class Scalar>
   void UseKernelsOf();
   void PrepareDevice();
-  void LaunchStage(const void* kernel, size_t shared_bytes, const mlp::Params& params,
+  void LaunchStage(const Variant& variant, const void* kernel, const mlp::Params& params,
                    cudaStream_t stream) const;
 
   ExpertMlpShape shape_;
   Variant variants_[kNumVariants];
-  unsigned num_multiprocessors_ = 0;
   // A kernel starts while the one before it ends. The gate-up kernel touches no memory until that
   // one has ended; the down kernel loads weights before.
   bool overlaps_ = false;

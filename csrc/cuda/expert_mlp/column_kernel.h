@@ -5,17 +5,18 @@
 #include <cstddef>
 
 #include "cuda/expert_mlp/elements.h"
+#include "cuda/expert_mlp/input_cache.h"
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/result.h"
 #include "cuda/expert_mlp/weight_stream.h"
-#include "cuda/grid_dependency.h"
 
-// Matrices [inputs, outputs], ExpertMlpKind::kGptOss. A unit is 128 bytes of columns, reduced by
-// one block: a thread owns a chunk of columns and every 64th row.
+// Matrices [inputs, outputs], ExpertMlpKind::kGptOss. A unit is 256 bytes of columns, reduced by
+// one block: a thread owns a chunk of columns and every 32nd row. Narrower units would read less
+// than HBM likes at a time, wider ones keep fewer multiprocessors busy.
 
 namespace expertflow::mlp {
 
-constexpr int kTileChunks = 8;
+constexpr int kTileChunks = 16;
 constexpr int kWarpRows = 32 / kTileChunks;
 constexpr int kBlockRows = kWarps * kWarpRows;
 
@@ -73,45 +74,70 @@ __device__ void MultiplyColumns(const uint4& chunk, const Scalar* const (&inputs
   }
 }
 
+// Tokens whose sums are added up at once; more would not fit into the shared memory of all devices.
+template <int kTokens>
+constexpr int kReducedTokens = kTokens < 4 ? kTokens : 4;
+
 // Sums of a block's warps, before they are added up.
 template <class Scalar, int kTokens>
-using WarpSums = float[kTokens][kWarps][kTileColumns<Scalar>];
+using WarpSums = float[kReducedTokens<kTokens>][kWarps][kTileColumns<Scalar>];
 
-// Adds up over the rows: the lanes of a warp, then the warps in their order. Warp t finishes token
-// t.
-template <class Scalar, int kTokens, Stage kStage>
-__device__ void ReduceTile(const Params& params, const Pass& pass, int tile,
-                           float (&sums)[kTokens][kChunkElements<Scalar>],
-                           WarpSums<Scalar, kTokens>& warp_sums) {
+// Adds up over the lanes of a warp that have the same columns.
+template <class Scalar>
+__device__ void StoreWarpSums(const float (&sums)[kChunkElements<Scalar>],
+                              float (&warp_sums)[kWarps][kTileColumns<Scalar>]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  __syncthreads();  // the tile before has been read
 #pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-    if (token >= pass.num_pairs) break;
+  for (int i = 0; i < kChunkElements<Scalar>; ++i) {
+    float sum = sums[i];
 #pragma unroll
-    for (int i = 0; i < kChunkElements<Scalar>; ++i) {
-      float sum = sums[token][i];
-#pragma unroll
-      for (int offset = 16; offset >= kTileChunks; offset /= 2) {
-        sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFU, sum, offset));
-      }
-      if (lane < kTileChunks) warp_sums[token][warp][lane * kChunkElements<Scalar> + i] = sum;
+    for (int offset = 16; offset >= kTileChunks; offset /= 2) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFU, sum, offset));
+    }
+    if (lane < kTileChunks) {
+      warp_sums[threadIdx.x / 32][lane * kChunkElements<Scalar> + i] = sum;
     }
   }
-  __syncthreads();
-  const int column = tile * kTileColumns<Scalar> + 2 * lane;
-  if (warp >= pass.num_pairs || 2 * lane >= kTileColumns<Scalar> || column >= params.num_outputs) {
-    return;
-  }
+}
+
+// Adds up the warps in their order and finishes columns 2i and 2i + 1 of `tile`.
+template <class Scalar, Stage kStage>
+__device__ void FinishColumns(const Params& params, const Pass& pass, int pair_in_pass, int tile,
+                              int i, const float (&warp_sums)[kWarps][kTileColumns<Scalar>]) {
+  const int column = tile * kTileColumns<Scalar> + 2 * i;
+  if (column >= params.num_outputs) return;
   float2 total = {0, 0};
-  for (int i = 0; i < kWarps; ++i) {
-    const float2 sum = *reinterpret_cast<const float2*>(&warp_sums[warp][i][2 * lane]);
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const float2 sum = *reinterpret_cast<const float2*>(&warp_sums[warp][2 * i]);
     total.x = __fadd_rn(total.x, sum.x);
     total.y = __fadd_rn(total.y, sum.y);
   }
-  WriteResult<Scalar, ExpertMlpKind::kGptOss, kStage>(params, pass, warp, column / 2, total.x,
-                                                      total.y);
+  WriteResult<Scalar, ExpertMlpKind::kGptOss, kStage>(params, pass, pair_in_pass, column / 2,
+                                                      total.x, total.y);
+}
+
+// Adds up over the rows, a few tokens at a time.
+template <class Scalar, int kTokens, Stage kStage>
+__device__ void ReduceTile(const Params& params, const Pass& pass, int tile,
+                           const float (&sums)[kTokens][kChunkElements<Scalar>],
+                           WarpSums<Scalar, kTokens>& warp_sums) {
+  constexpr int kPairs = kTileColumns<Scalar> / 2;
+#pragma unroll
+  for (int first = 0; first < kTokens; first += kReducedTokens<kTokens>) {
+    if (first >= pass.num_pairs) break;
+    __syncthreads();  // what was there has been read
+#pragma unroll
+    for (int i = 0; i < kReducedTokens<kTokens>; ++i) {
+      if (first + i < pass.num_pairs) StoreWarpSums<Scalar>(sums[first + i], warp_sums[i]);
+    }
+    __syncthreads();
+    const int num_tokens = min(kReducedTokens<kTokens>, pass.num_pairs - first);
+    for (int i = static_cast<int>(threadIdx.x); i < num_tokens * kPairs; i += kThreads) {
+      FinishColumns<Scalar, kStage>(params, pass, first + i / kPairs, tile, i % kPairs,
+                                    warp_sums[i / kPairs]);
+    }
+  }
 }
 
 template <class Scalar, int kTokens, Stage kStage>
@@ -122,13 +148,14 @@ __global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
   const ColumnLayout<Scalar> layout(params);
   const int grid = static_cast<int>(gridDim.x);
   const int first_unit = static_cast<int>(blockIdx.x);
-  if constexpr (kStage == Stage::kGateUp) WaitForPrerequisites();
   WeightStream stream(params, layout, ring, first_unit, grid);
-  if constexpr (kStage == Stage::kDown) WaitForPrerequisites();
+  stream.template Start<kStage>();
+  const InputCache input_cache(&warp_sums + 1);
 
   const int num_units = params.num_passes * layout.num_units();
   for (int unit = first_unit; unit < num_units; unit += grid) {
     const Pass pass = params.passes[unit / layout.num_units()];
+    input_cache.Fill<Scalar>(params, pass);
     const Scalar* inputs[kTokens];
     float sums[kTokens][kChunkElements<Scalar>] = {};
 #pragma unroll

@@ -8,7 +8,6 @@
 #include "cuda/expert_mlp/params.h"
 #include "cuda/expert_mlp/result.h"
 #include "cuda/expert_mlp/weight_stream.h"
-#include "cuda/grid_dependency.h"
 
 // Matrices [outputs, inputs], ExpertMlpKind::kStandard. A unit is two rows, reduced by one warp:
 // row i of the gate and of the up projection, or rows 2i and 2i + 1 of the down projection.
@@ -85,9 +84,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 4 ? 2 : 1)
   // Neighbouring units go to different multiprocessors, so that the last ones are spread evenly.
   const int grid = static_cast<int>(gridDim.x);
   const int first_unit = static_cast<int>(threadIdx.x) / 32 * grid + static_cast<int>(blockIdx.x);
-  if constexpr (kStage == Stage::kGateUp) WaitForPrerequisites();
   WeightStream stream(params, layout, ring, first_unit, kWarps * grid);
-  if constexpr (kStage == Stage::kDown) WaitForPrerequisites();
+  stream.template Start<kStage>();
 
   const int num_units = params.num_passes * layout.num_units();
   for (int unit = first_unit; unit < num_units; unit += kWarps * grid) {

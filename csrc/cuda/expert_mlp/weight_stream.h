@@ -21,7 +21,7 @@ struct WeightPair {
 // A thread's share of the weights, in the order it uses them, through its own part of a ring in
 // shared memory: up to kDepth steps of two 16-byte chunks are under way at any time, also across
 // the end of a unit, which a load into registers would not give at this register count. 64 KiB in
-// flight on each multiprocessor cover the latency of HBM at its full rate (4.4 TB/s · 0.9 µs / 132
+// flight for each block cover the latency of HBM at its full rate (4.4 TB/s · 0.9 µs / 132
 // = 30 KiB) with room for waiting. No other thread touches this thread's part, so it needs no
 // barrier.
 //
@@ -30,7 +30,6 @@ struct WeightPair {
 template <class Layout>
 class WeightStream {
  public:
-  // Starts the first loads, which must not depend on the kernel before.
   __device__ WeightStream(const Params& params, const Layout& layout, uint4* ring, int first_unit,
                           int unit_stride)
       : params_(params),
@@ -40,7 +39,18 @@ class WeightStream {
         unit_stride_(unit_stride),
         num_units_(params.num_passes * layout.num_units()) {
     StartUnit();
-    for (int i = 0; i < kDepth; ++i) StartStep();
+  }
+
+  // Waits for the kernel before; what it wrote may be read afterwards. The gate-up kernel reads
+  // nothing until then: kernels before it may have written the slots. The next kernel may start
+  // from here on, not earlier, and so it finds ended all but this one: the down kernel loads its
+  // first weights at once.
+  template <Stage kStage>
+  __device__ void Start() {
+    if constexpr (kStage == Stage::kDown) FillRing();
+    WaitForPrerequisites();
+    LetDependentsStart();
+    if constexpr (kStage == Stage::kGateUp) FillRing();
   }
 
   // The next step's weights; a chunk that the layout says is not there has no defined value.
@@ -54,6 +64,10 @@ class WeightStream {
 
  private:
   static constexpr int kSlotChunks = 2 * kThreads;
+
+  __device__ void FillRing() {
+    for (int i = 0; i < kDepth; ++i) StartStep();
+  }
 
   __device__ void StartUnit() {
     step_ = 0;
@@ -75,17 +89,10 @@ class WeightStream {
       if (++step_ == layout_.num_steps()) {
         unit_ += unit_stride_;
         StartUnit();
-        LetNextKernelStart();
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;
-  }
-
-  // The next kernel's blocks may start when this one's last weights are on their way: those of the
-  // down kernel begin to load. One warp that has as much to do as any decides for the block.
-  __device__ void LetNextKernelStart() const {
-    if (unit_ >= num_units_ && threadIdx.x < 32) LetDependentsStart();
   }
 
   __device__ static void Copy(uint4* shared, const std::byte* global) {

@@ -75,7 +75,7 @@ class ExpertCache:
         if num_threads is None:
             reads_files = isinstance(source, _core.CheckpointSource)
             num_threads = NUM_FILE_READERS if reads_files else min(4, len(os.sched_getaffinity(0)))
-        self.device = torch.device(device)
+        self.device = _with_index(torch.device(device))
         options: dict[str, Any] = {
             "num_layers": num_layers,
             "num_experts": num_experts,
@@ -90,7 +90,7 @@ class ExpertCache:
         self._core: _core.ExpertCache | _core.CudaExpertCache
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # torch's unused blocks are no use to the slots
-            options |= {"device": self.device.index or 0, "mlp_hidden": mlp_hidden}
+            options |= {"device": self.device.index, "mlp_hidden": mlp_hidden}
             self._core = _core.CudaExpertCache(source, layout, **options)
             self._slots = torch.as_tensor(_CudaSlots(self._core), device=self.device)
         else:
@@ -155,9 +155,9 @@ class ExpertCache:
                 tensor = tensors[role][divmod(expert, num_experts)].contiguous()
                 memory[offset : offset + num_bytes] = tensor.flatten().view(torch.uint8)
         source: _core.ExpertSource = pool
-        device = torch.device(options.get("device", "cpu"))
+        device = _with_index(torch.device(options.get("device", "cpu")))
         if device.type == "cuda":
-            source = pinned = _core.PinnedPool(pool, device.index or 0, is_required=False)
+            source = pinned = _core.PinnedPool(pool, device.index, is_required=False)
             pinned.pin(0, num_experts_total)
         return cls(
             source, layout, shapes, num_layers, num_experts, top_k, num_slots=num_slots, **options
@@ -258,6 +258,12 @@ class ExpertCache:
     def reset_statistics(self) -> None:
         """Start counting anew."""
         self._core.reset_statistics()
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class _CudaSlots:

@@ -88,12 +88,13 @@ class StreamedModel:
         torch.cuda.empty_cache()
         free_bytes = torch.cuda.mem_get_info(old.device)[0] + old.num_bytes
         check_cuda_cache_fits(size, free_bytes + self.sizes.other_bytes, old.device)
-        old.close()
-        try:
-            self._bind(old.resized(size.num_slots, size.policy, size.scope))
-        except BaseException:
-            self._bind(old.resized(old.num_slots, old.policy, old.scope))
-            raise
+        with old.lock:  # no other thread is within a layer
+            old.close()
+            try:
+                self._bind(old.resized(size.num_slots, size.policy, size.scope))
+            except BaseException:
+                self._bind(old.resized(old.num_slots, old.policy, old.scope))
+                raise
 
     def _bind(self, cache: ExpertCache) -> None:
         self.expert_cache = cache

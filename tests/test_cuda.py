@@ -99,7 +99,7 @@ def test_bits_do_not_depend_on_prefetches(aligned_checkpoint, family):
                 ids = torch.randint(cache.num_experts, (2,), generator=generator)
                 cache.prefetch((layer + distance) % cache.num_layers, ids, distance)
 
-        return compute(cache_, layer, *arguments, **keywords, on_planned=prefetch)
+        return compute(cache_, layer, *arguments, **keywords | {"on_planned": prefetch})
 
     expertflow.experts.compute_experts = with_prefetches
     try:

@@ -27,8 +27,10 @@ namespace {
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kExpertBytes = 9 * kMiB;
 constexpr int32_t kExperts = 256;
-constexpr int32_t kBatch = 64;            // experts in a full queue
-constexpr int32_t kSlots = 2 * kBatch;    // for the batch of the current plan and another one
+constexpr int32_t kBatch = 64;          // experts in a full queue
+constexpr int32_t kNumBatches = 4;      // in turn
+constexpr int32_t kSlots = 2 * kBatch;  // so that none is found when its turn comes
+static_assert(kNumBatches * kBatch <= kExperts);
 constexpr size_t kChunkBytes = 5 * kMiB;  // as expertflow/cache.py has it
 
 double NowUs() {
@@ -53,11 +55,11 @@ const std::shared_ptr<PinnedPool>& Pool() {
   return pool;
 }
 
-ExpertCacheOptions Options(size_t chunk_bytes) {
+ExpertCacheOptions Options(size_t chunk_bytes, int32_t num_slots = kSlots) {
   return {
       .num_layers = 1,
       .num_experts = kExperts,
-      .num_slots = kSlots,
+      .num_slots = num_slots,
       .planner = {.top_k = 8, .expert_bytes = kExpertBytes, .policy = PolicyKind::kLru},
       .chunk_bytes = chunk_bytes,
       .num_threads = 4,
@@ -120,7 +122,7 @@ class Batches {
 
   // A plan that demands the next batch, and the last byte of it.
   void Demand() {
-    turn_ = (turn_ + 1) % 4;
+    turn_ = (turn_ + 1) % kNumBatches;
     Use();
     stream_.Synchronize();
   }
@@ -128,7 +130,7 @@ class Batches {
   // The same batch by prefetches, and then its use. Returns the microseconds of the former; 0 if
   // not all of them were posted.
   double Prefetch() {
-    turn_ = (turn_ + 1) % 4;
+    turn_ = (turn_ + 1) % kNumBatches;
     cache_.ResetStatistics();
     const double begin_us = NowUs();
     const std::span<const int64_t> batch = std::span(ids_).subspan(turn_ * kBatch, kBatch);
@@ -207,7 +209,7 @@ BENCHMARK(BM_FullQueueOfPrefetches)
 // One demanded expert behind a queue full of prefetches: how long it takes longer than alone, in
 // chunks.
 void BM_Preemption(benchmark::State& state) {
-  cuda::ExpertCache cache(Pool(), Layout(), Options(kChunkBytes), 0);
+  cuda::ExpertCache cache(Pool(), Layout(), Options(kChunkBytes, 96), 0);
   const CudaStream stream;
   std::vector<double> waits_us;
   std::vector<int64_t> every_id(kExperts);
@@ -253,7 +255,8 @@ void BM_SubmitChunk(benchmark::State& state) {
   std::vector<double> submit_us;
   for (auto _ : state) {
     state.PauseTiming();
-    std::iota(ids.begin(), ids.end(), static_cast<int64_t>(state.iterations() % 2) * kExperts / 2);
+    std::iota(ids.begin(), ids.end(),
+              static_cast<int64_t>(state.iterations() % kNumBatches) * kBatch);
     control.BeginLayer(0, ids, 1);
     state.ResumeTiming();
     while (control.HasChunk()) {

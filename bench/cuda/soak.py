@@ -43,13 +43,13 @@ def run(model, seed: int):
 def prefetching(cache, choice: random.Random):
     """compute_experts, with a random horizon each time."""
 
-    def compute(cache_, layer, *arguments):
+    def compute(cache_, layer, *arguments, **keywords):
         def prefetch() -> None:
             for distance in range(1, choice.randrange(9)):
                 ids = torch.tensor([choice.randrange(cache.num_experts) for _ in range(2)])
                 cache.prefetch((layer + distance) % cache.num_layers, ids, distance)
 
-        return original(cache_, layer, *arguments, on_planned=prefetch)
+        return original(cache_, layer, *arguments, **keywords | {"on_planned": prefetch})
 
     return compute
 
@@ -59,7 +59,7 @@ original = experts.compute_experts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=20_000, help="at least 5,120")
     options = parser.parse_args()
     choice = random.Random(0)
     resident = load("ram", "100%")

@@ -8,6 +8,7 @@
 
 #include "cuda/cuda_error.h"
 #include "cuda/device_guard.h"
+#include "cuda/relaxed_capture.h"
 #include "host/fork.h"
 
 namespace expertflow::cuda {
@@ -18,6 +19,7 @@ using Clock = std::chrono::steady_clock;
 constexpr size_t kNumUses = 64;
 // A lane that runs out of work keeps looking for more, so that a layer's misses start at once: to
 // wake a sleeping thread takes tens of microseconds.
+constexpr int kMaxLockSpins = 2000;
 constexpr auto kSpinTime = std::chrono::milliseconds(2);
 
 double NowUs() {
@@ -99,10 +101,11 @@ ExpertCache::ExpertCache(std::shared_ptr<const ExpertSource> source, const Exper
 
 ExpertCache::Lock ExpertCache::Acquire() const {
   Lock lock(mutex_, std::try_to_lock);
-  while (!lock) {
+  for (int i = 0; !lock && i < kMaxLockSpins; ++i) {
     Pause();
     static_cast<void>(lock.try_lock());
   }
+  if (!lock) lock.lock();  // whoever holds it was put to sleep
   return lock;
 }
 
@@ -163,6 +166,7 @@ const Plan& ExpertCache::BeginLayer(int32_t layer, const int64_t* expert_ids, si
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);
   RefuseCapture(stream);
+  routed_ids_ = {};  // they are overwritten, whether or not this succeeds
   routed_ids_ = device_->readback.Read(expert_ids, num_ids, stream);
   Lock lock = Acquire();
   CollectStalls();
@@ -187,9 +191,18 @@ void ExpertCache::CollectStalls() {
 
 void ExpertCache::RecordUses(cudaStream_t stream) {
   if (control_.plan() == nullptr) return;
-  const size_t use = next_use_++ % kNumUses;
-  device_->uses[use].Record(stream);
+  const size_t use = RecordUse(stream);
   for (const PlanRow& row : control_.plan()->rows) progress(row.slot).use = use;
+}
+
+size_t ExpertCache::RecordUse(cudaStream_t stream) {
+  const size_t index = next_use_++ % kNumUses;
+  Use& use = device_->uses[index];
+  // Slots may still refer to what the event stood for: it comes before what it stands for now.
+  if (use.stream != stream) use.event.MakeWait(stream);
+  use.event.Record(stream);
+  use.stream = stream;
+  return index;
 }
 
 void ExpertCache::Wait(int32_t row_index, cudaStream_t stream) {
@@ -225,9 +238,7 @@ void ExpertCache::Release(int32_t row_index, cudaStream_t stream) {
     while (progress(row.slot).ended.load(std::memory_order_acquire) != generation) Pause();
     lock = Acquire();
   }
-  const size_t use = next_use_++ % kNumUses;
-  device_->uses[use].Record(stream);
-  progress(row.slot).use = use;
+  progress(row.slot).use = RecordUse(stream);
   control_.Release(row_index);
   NotifyPosted();
 }
@@ -257,7 +268,8 @@ void ExpertCache::CancelAll(Lock& lock) {
 
 void ExpertCache::RunLane(Lane& lane) {
   static_cast<void>(cudaSetDevice(device_number_));  // it was current before: cannot fail now
-  std::vector<Flight> flights;                       // oldest first
+  const RelaxedCapture relaxed;
+  std::vector<Flight> flights;  // oldest first
   flights.reserve(kDepth);
   bool look_for_chunk = true;
   for (size_t place = 0;;) {
@@ -300,11 +312,12 @@ std::optional<Chunk> ExpertCache::TakeChunk(size_t& use) {
   const Lock lock = Acquire();
   if (stopping_) return std::nullopt;
   const std::optional<Chunk> chunk = control_.NextChunk();
-  if (chunk && chunk->offset_bytes == 0) {
-    SlotProgress& of_slot = progress(chunk->slot);
+  if (!chunk) return std::nullopt;
+  SlotProgress& of_slot = progress(chunk->slot);
+  use = of_slot.use;
+  if (chunk->offset_bytes == 0) {
     of_slot.generation = control_.table().slot_generation[Index(chunk->slot)];
     of_slot.submitted_bytes = 0;
-    use = of_slot.use;
   }
   return chunk;
 }
@@ -320,8 +333,9 @@ bool ExpertCache::Submit(Lane& lane, const Flight& flight, size_t use) {
                     {lane.staging[flight.place], chunk.num_bytes});
     }
     const cudaStream_t stream = device_->copy_stream.get();
-    // What read the slot's last expert must have ended; earlier chunks of the stream saw to that.
-    if (chunk.offset_bytes == 0) device_->uses[use].MakeWait(stream);
+    // What read the slot's last expert must have ended. Of several lanes any may be the first to
+    // submit a chunk of the transfer; one lane alone submits them in order.
+    if (chunk.offset_bytes == 0 || num_lanes_ > 1) device_->uses[use].event.MakeWait(stream);
     EXPERTFLOW_CUDA_CHECK(cudaMemcpyAsync(slot_data(chunk.slot) + chunk.offset_bytes, from,
                                           chunk.num_bytes, cudaMemcpyHostToDevice, stream),
                           std::to_string(chunk.num_bytes) + " bytes of an expert");
@@ -381,7 +395,7 @@ void ExpertCache::ResetStatistics() {
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);
   const Lock lock = Acquire();
-  CollectStalls();  // those from before are not counted later
+  device_->stalls.Forget();
   control_.ResetStatistics();
 }
 

@@ -111,6 +111,10 @@ class ExpertCache {
     size_t submitted_bytes = 0;
     size_t use = 0;  // index in `uses` of the last use of the slot
   };
+  struct Use {
+    CudaEvent event;
+    cudaStream_t stream = nullptr;
+  };
   // All that belongs to the device; leaked in a forked child.
   struct Device {
     DeviceMemory slots;
@@ -118,7 +122,7 @@ class ExpertCache {
     std::optional<PinnedMemory> staging;
     std::vector<std::unique_ptr<Lane>> lanes;
     std::vector<CudaEvent> arrivals;  // [num_slots] the last transfer into the slot is complete
-    std::vector<CudaEvent> uses;      // a ring: the slots that refer to it were last used before
+    std::vector<Use> uses;            // a ring: the slots that refer to it were last used before
     IdReadback readback;
     StallTimer stalls;
     std::optional<ExpertMlp> mlp;
@@ -141,6 +145,7 @@ class ExpertCache {
   void CollectStalls();
   void NotifyPosted();
   void RecordUses(cudaStream_t stream);
+  size_t RecordUse(cudaStream_t stream);
   void CancelAll(Lock& lock);
   SlotProgress& progress(SlotId slot) { return progress_[static_cast<size_t>(Index(slot))]; }
 

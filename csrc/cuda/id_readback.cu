@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kMinCapacity = 4096;
 constexpr int kMaxThreads = 1024;
-constexpr int kSpinsBetweenChecks = 1 << 16;
+constexpr uint32_t kSpinsBetweenChecks = 1 << 16;
 
 __global__ void PublishIds(const int64_t* ids, int64_t* host_ids, size_t count,
                            volatile uint64_t* word, uint64_t value) {
@@ -50,7 +50,7 @@ std::span<const int64_t> IdReadback::Read(const int64_t* device_ids, size_t coun
 void IdReadback::Await(cudaStream_t stream) const {
   auto& word = *reinterpret_cast<uint64_t*>(memory_->data());
   const std::atomic_ref<uint64_t> published(word);
-  for (int spins = 1; published.load(std::memory_order_acquire) != num_reads_; ++spins) {
+  for (uint32_t spins = 1; published.load(std::memory_order_acquire) != num_reads_; ++spins) {
     if (spins % kSpinsBetweenChecks != 0) continue;
     const cudaError_t code = cudaStreamQuery(stream);  // a kernel that failed publishes nothing
     if (code == cudaErrorNotReady) {

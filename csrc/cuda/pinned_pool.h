@@ -21,6 +21,10 @@ class PinnedPool : public ExpertSource {
  public:
   // Pins nothing yet. Registrations are made on `device`, and serve every other one too.
   PinnedPool(std::shared_ptr<RamPool> pool, int device, bool is_required);
+  // Unpins, but not in a forked child, which has no context of the device.
+  ~PinnedPool() override;
+  PinnedPool(const PinnedPool&) = delete;
+  PinnedPool& operator=(const PinnedPool&) = delete;
 
   // Pins the memory of experts `first` to `last`, exclusive. Thread-safe. If the system refuses, as
   // it does beyond the limit of locked memory: throws CudaError with the size if pinning is
@@ -43,6 +47,7 @@ class PinnedPool : public ExpertSource {
   std::shared_ptr<RamPool> pool_;
   int device_;
   bool is_required_;
+  int fork_generation_;
   mutable std::mutex mutex_;  // guards the three below
   std::vector<HostRegistration> registrations_;
   size_t num_pinned_ = 0;  // experts

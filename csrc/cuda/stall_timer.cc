@@ -1,5 +1,7 @@
 #include "cuda/stall_timer.h"
 
+#include <algorithm>
+
 namespace expertflow {
 
 void StallTimer::Begin(cudaStream_t stream, int32_t layer) {
@@ -11,12 +13,21 @@ void StallTimer::Begin(cudaStream_t stream, int32_t layer) {
 void StallTimer::End(cudaStream_t stream) { intervals_[count_++].after.Record(stream); }
 
 void StallTimer::Collect(const std::function<void(int32_t layer, double stall_us)>& add) {
-  for (size_t i = 0; i < count_; ++i) {
-    const Interval& interval = intervals_[i];
-    interval.after.Synchronize();
-    add(interval.layer, interval.after.ElapsedUs(interval.before));
+  size_t num_over = 0;
+  while (num_over < count_ && intervals_[num_over].after.IsDone()) {
+    const Interval& interval = intervals_[num_over++];
+    if (interval.layer != kForgotten) {
+      add(interval.layer, interval.after.ElapsedUs(interval.before));
+    }
   }
-  count_ = 0;
+  const auto first = intervals_.begin();
+  std::rotate(first, first + static_cast<ptrdiff_t>(num_over),
+              first + static_cast<ptrdiff_t>(count_));
+  count_ -= num_over;
+}
+
+void StallTimer::Forget() {
+  for (size_t i = 0; i < count_; ++i) intervals_[i].layer = kForgotten;
 }
 
 }  // namespace expertflow

@@ -19,15 +19,19 @@ class StallTimer {
   void Begin(cudaStream_t stream, int32_t layer);
   void End(cudaStream_t stream);
 
-  // Calls `add(layer, stall_us)` for every interval that was ended since the last call. Blocks
-  // until the streams are past them.
+  // Calls `add(layer, stall_us)` for every interval that is over on the device, in order, up to the
+  // first that is not.
   void Collect(const std::function<void(int32_t layer, double stall_us)>& add);
 
+  // Intervals from before are not counted.
+  void Forget();
+
  private:
+  static constexpr int32_t kForgotten = -1;
   struct Interval {
     CudaEvent before{CudaEvent::Timing::kOn};
     CudaEvent after{CudaEvent::Timing::kOn};
-    int32_t layer = 0;
+    int32_t layer = kForgotten;
   };
 
   std::vector<Interval> intervals_;

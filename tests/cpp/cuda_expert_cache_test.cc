@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <vector>
@@ -170,6 +172,35 @@ TEST_P(EveryPool, DestructionFinishesWhatIsUnderWay) {
     Begin(0, RandomIds(kTopK));
     cache_->Prefetch(1, {{0, 1, 2, 3, 4, 5}}, 1);
     cache_.reset();
+  }
+}
+
+TEST_P(EveryPool, ASlotIsNotOverwrittenWhileWorkThatReadsItIsPending) {
+  // The first chunk of a transfer is the last to be read, and the stream is always behind.
+  source_->set_hook([](ExpertIndex, size_t offset_bytes) {
+    if (offset_bytes == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  });
+  MakeCache(GetParam(), Options(kTopK));
+  std::vector<int64_t> ids(kExperts);
+  std::iota(ids.begin(), ids.end(), 0);
+  const Plan& plan = Begin(0, ids, 17);
+  const DeviceMemory seen(kExperts * kExpertBytes, "what the rows held");
+  for (int32_t r = 0; r < kExperts; ++r) {
+    cache_->Wait(r, stream_->get());
+    EXPERTFLOW_CUDA_CHECK(cudaLaunchHostFunc(
+        stream_->get(), [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(10)); },
+        nullptr));
+    EXPERTFLOW_CUDA_CHECK(cudaMemcpyAsync(seen.data() + static_cast<size_t>(r) * kExpertBytes,
+                                          cache_->slot_data(plan.rows[static_cast<size_t>(r)].slot),
+                                          kExpertBytes, cudaMemcpyDeviceToDevice, stream_->get()));
+    cache_->Release(r, stream_->get());
+  }
+  std::vector<std::byte> bytes(seen.num_bytes());
+  stream_->Synchronize();
+  EXPERTFLOW_CUDA_CHECK(
+      cudaMemcpy(bytes.data(), seen.data(), bytes.size(), cudaMemcpyDeviceToHost));
+  for (size_t r = 0; r < size_t{kExperts}; ++r) {
+    EXPECT_TRUE(source_->Holds(&bytes[r * kExpertBytes], ExpertIndex{plan.rows[r].expert})) << r;
   }
 }
 

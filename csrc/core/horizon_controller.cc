@@ -13,6 +13,10 @@ constexpr double kFastRate = 1.0 / 64;
 constexpr double kSlowRate = 1.0 / 512;
 constexpr double kBurstPercentile = 0.95;
 constexpr double kHysteresisLayers = 0.25;
+// A transfer as a multiple of what the longest horizon hides: above the first, prefetch is turned
+// off, below the second on again.
+constexpr double kTooSlow = 1.6;
+constexpr double kFastEnough = 1.4;
 constexpr int32_t kLayersBetweenBoosts = 1024;
 constexpr double kLateThatRaises = 5e-4;  // of the compute time
 constexpr double kLateThatLowers = 1e-4;
@@ -52,6 +56,10 @@ int32_t HorizonController::Update(double bytes_per_second, double queued_bytes) 
   queued_bytes_ += (queued_bytes - queued_bytes_) * kFastRate;
   if (bytes_per_second <= 0.0 || compute_us_ <= 0.0) return horizon_ = 0;
   const double lead_us = (queued_bytes_ + burst() * expert_bytes_) / bytes_per_second * 1e6;
+  const double reach_us = max_horizon_ * compute_us_;
+  const double transfer_us = expert_bytes_ / bytes_per_second * 1e6;
+  is_too_slow_ = transfer_us > (is_too_slow_ ? kFastEnough : kTooSlow) * reach_us;
+  if (is_too_slow_) return horizon_ = 0;
   const double layers = std::min(lead_us / compute_us_, static_cast<double>(max_horizon_));
   if (layers > lead_layers_ + kHysteresisLayers || layers < lead_layers_ - 1 - kHysteresisLayers) {
     lead_layers_ = static_cast<int32_t>(std::ceil(layers));

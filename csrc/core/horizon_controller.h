@@ -18,8 +18,10 @@ namespace expertflow {
 //
 // The boost is feedback. While prefetches come late by more than a small part of the compute time,
 // one layer more is tried, and kept if the stall falls by a tenth; if not, not again before they
-// come later still. S moves only when the lead is clearly past where S stands. So constant input
-// gives a constant S. Pure: times and measurements are arguments.
+// come later still. Where not even S_max layers hide most of a transfer, S is 0: there is next to
+// nothing to win, but a wrong prefetch costs as much as ever. S moves only when the lead is clearly
+// past where S stands. So constant input gives a constant S. Pure: times and measurements are
+// arguments.
 class HorizonController {
  public:
   // `top_k`: how many experts a layer needs at most. Throws std::invalid_argument.
@@ -48,7 +50,8 @@ class HorizonController {
   int32_t boost_ = 0;
   int32_t horizon_ = 0;
   int32_t layers_since_boost_ = 0;
-  bool is_trial_ = false;  // of the last layer that was added to the boost
+  bool is_too_slow_ = false;  // the link
+  bool is_trial_ = false;     // of the last layer that was added to the boost
   double stall_before_trial_us_ = 0.0;
   double late_when_refused_us_ = 0.0;
   double compute_us_ = 0.0;  // exponentially weighted, as the next three

@@ -28,7 +28,10 @@ TEST(HorizonControllerTest, LooksAheadAsFarAsTheBurstTakes) {
   EXPECT_EQ(Step(controller, 0.0), 0);    // not measured yet
   EXPECT_EQ(Step(controller, 100e9), 1);  // 80 us
   EXPECT_EQ(Step(controller, 25e9), 4);   // 320 us
-  EXPECT_EQ(Step(controller, 1e9), 8);    // 8000 us: S_max
+  EXPECT_EQ(Step(controller, 8e9), 8);    // 1000 us: S_max
+  EXPECT_EQ(Step(controller, 5e9), 0);    // 1600 us: twice what S_max hides
+  EXPECT_EQ(Step(controller, 6.5e9), 0);  // not fast enough again
+  EXPECT_EQ(Step(controller, 8e9), 8);
   for (int i = 0; i < 1000; ++i) Step(controller, 100e9, i % 10 == 0 ? 4 : 0);
   EXPECT_EQ(controller.burst(), 4);  // one layer in ten is more than 5 %
   EXPECT_EQ(controller.horizon(), 4);

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kTokens == 1 ? 2 : 1)
   const int num_units = params.num_passes * layout.num_units();
   for (int unit = first_unit; unit < num_units; unit += grid) {
     const Pass pass = params.passes[unit / layout.num_units()];
-    input_cache.Fill<Scalar>(params, pass);
+    if (unit == first_unit) input_cache.Fill<Scalar>(params, pass);
     const Scalar* inputs[kTokens];
     float sums[kTokens][kChunkElements<Scalar>] = {};
 #pragma unroll

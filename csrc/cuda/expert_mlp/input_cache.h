@@ -10,7 +10,7 @@ namespace expertflow::mlp {
 
 constexpr size_t kInputCacheBytes = kThreads * sizeof(unsigned);
 
-// Brings a pass's input rows into the L1 cache, all at once and without waiting for them. Else
+// Brings the input row of a pass's first token into the L1 cache, without waiting for it. Else
 // every step of a block's first unit would wait for the L2 cache, about a microsecond while HBM is
 // busy: longer than the step's weights take. A plain load without use would be left out by the
 // compiler, so a word of each sector is copied to shared memory, where nobody reads it.
@@ -22,19 +22,16 @@ class InputCache {
             __cvta_generic_to_shared(static_cast<unsigned*>(words) + threadIdx.x))) {}
   __device__ ~InputCache() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-  // By all threads of the block. The copies join the group that the thread commits next.
+  // Once, by all threads of the block: a second copy into a thread's word would race with the
+  // first. The copy joins the group that the thread commits next.
   template <class Scalar>
   __device__ void Fill(const Params& params, const Pass& pass) const {
     constexpr int kSectorElements = 32 / static_cast<int>(sizeof(Scalar));
-    for (int pair = pass.first_pair; pair < pass.first_pair + pass.num_pairs; ++pair) {
-      const Scalar* row = static_cast<const Scalar*>(params.input) +
-                          static_cast<size_t>(params.input_rows[pair]) * params.num_inputs;
-      for (int at = static_cast<int>(threadIdx.x) * kSectorElements; at < params.num_inputs;
-           at += kThreads * kSectorElements) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(word_), "l"(row + at)
-                     : "memory");
-      }
-    }
+    const int at = static_cast<int>(threadIdx.x) * kSectorElements;
+    if (at >= params.num_inputs) return;
+    const Scalar* row = static_cast<const Scalar*>(params.input) +
+                        static_cast<size_t>(params.input_rows[pass.first_pair]) * params.num_inputs;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(word_), "l"(row + at) : "memory");
   }
 
  private:

@@ -17,9 +17,8 @@ using testing::ThrowsMessage;
 using testing::UnorderedElementsAre;
 
 TEST(PolicyTest, ParsesEveryName) {
-  EXPECT_THAT(PolicyNames(),
-              UnorderedElementsAre("lru", "decayed_frequency", "two_level_lru", "on_demand",
-                                   "predicted_need"));
+  EXPECT_THAT(PolicyNames(), UnorderedElementsAre("lru", "decayed_frequency", "two_level_lru",
+                                                  "on_demand", "predicted_need"));
   EXPECT_EQ(ParsePolicy("lru"), PolicyKind::kLru);
   EXPECT_EQ(ParsePolicy("decayed_frequency"), PolicyKind::kDecayedFrequency);
   EXPECT_EQ(ParsePolicy("two_level_lru"), PolicyKind::kTwoLevelLru);
@@ -30,9 +29,10 @@ TEST(PolicyTest, ParsesEveryName) {
 }
 
 TEST(PolicyTest, AnUnknownNameIsRefusedWithTheKnownOnes) {
-  EXPECT_THAT([] { ParsePolicy("LRU"); },
-              ThrowsMessage<std::invalid_argument>(
-                  AllOf(HasSubstr("'LRU'"), HasSubstr("decayed_frequency, predicted_need, lru, two_level_lru"))));
+  EXPECT_THAT(
+      [] { ParsePolicy("LRU"); },
+      ThrowsMessage<std::invalid_argument>(AllOf(
+          HasSubstr("'LRU'"), HasSubstr("decayed_frequency, predicted_need, lru, two_level_lru"))));
   EXPECT_THAT([] { ParseScope("model"); }, ThrowsMessage<std::invalid_argument>(
                                                AllOf(HasSubstr("'model'"), HasSubstr("global"))));
   EXPECT_THROW(ParsePolicy(""), std::invalid_argument);

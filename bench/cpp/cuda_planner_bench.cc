@@ -162,19 +162,13 @@ void RegisterAll() {
                   {"skewed", SkewedRoutes(kShape, 0.4, 0.3)},
                   {"very_skewed", SkewedRoutes(kShape, 0.8, 0.5)},
                   {"all_misses", CircularRoutes(kShape)}};
-  const struct {
-    const char* name;
-    PolicyKind policy;
-  } policies[] = {{"lru", PolicyKind::kLru},
-                  {"decayed_frequency", PolicyKind::kDecayedFrequency},
-                  {"two_level_lru", PolicyKind::kTwoLevelLru},
-                  {"on_demand", PolicyKind::kOnDemand}};
   for (const auto& routing : routings) {
-    for (const auto& policy : policies) {
+    for (const std::string& policy : PolicyNames()) {
+      if (policy == "predicted_need") continue;  // the kernel has no learner
       for (const bool to_host : {false, true}) {
-        const std::string name = std::string("PlanLayerOnGpu/") + routing.name + "/" + policy.name +
+        const std::string name = std::string("PlanLayerOnGpu/") + routing.name + "/" + policy +
                                  (to_host ? "/to_host" : "");
-        benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routing.routes, policy.policy,
+        benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routing.routes, ParsePolicy(policy),
                                      to_host)
             ->UseManualTime()
             ->Unit(benchmark::kMillisecond)

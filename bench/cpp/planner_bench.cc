@@ -77,23 +77,15 @@ double Min(const std::vector<double>& values) { return *std::ranges::min_element
 void RegisterAll(const std::string& routing, const Routes& routes) {
   const struct {
     const char* name;
-    PolicyKind policy;
-  } policies[] = {{"lru", PolicyKind::kLru},
-                  {"decayed_frequency", PolicyKind::kDecayedFrequency},
-                  {"two_level_lru", PolicyKind::kTwoLevelLru},
-                  {"predicted_need", PolicyKind::kPredictedNeed},
-                  {"on_demand", PolicyKind::kOnDemand}};
-  const struct {
-    const char* name;
     CacheScope scope;
     int32_t num_slots;
   } tables[] = {{"quota_64_of_128", CacheScope::kLayer, kNumLayers * 64},
                 {"global_1536_of_6144", CacheScope::kGlobal, 1536}};
   for (const auto& table : tables) {
-    for (const auto& policy : policies) {
-      const std::string name = "PlanLayer/" + routing + "/" + table.name + "/" + policy.name;
-      benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routes, policy.policy, table.scope,
-                                   table.num_slots)
+    for (const std::string& policy : PolicyNames()) {
+      const std::string name = "PlanLayer/" + routing + "/" + table.name + "/" + policy;
+      benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routes, ParsePolicy(policy),
+                                   table.scope, table.num_slots)
           ->MinTime(0.1)
           ->Repetitions(9)
           ->ReportAggregatesOnly()

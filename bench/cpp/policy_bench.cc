@@ -63,25 +63,19 @@ void PlanTrace(benchmark::State& state, const Trace& trace, int32_t num_experts,
 void RegisterAll(const Trace& trace, int32_t num_experts) {
   const struct {
     const char* name;
-    PolicyKind policy;
-  } policies[] = {{"lru", PolicyKind::kLru},
-                  {"decayed_frequency", PolicyKind::kDecayedFrequency},
-                  {"two_level_lru", PolicyKind::kTwoLevelLru},
-                  {"predicted_need", PolicyKind::kPredictedNeed}};
-  const struct {
-    const char* name;
     CacheScope scope;
   } scopes[] = {{"global", CacheScope::kGlobal}, {"layer", CacheScope::kLayer}};
   for (const double share : {0.125, 0.25, 0.5, 0.75}) {
     const auto num_slots = static_cast<int32_t>(share * num_experts) * trace.num_layers;
     for (const auto& scope : scopes) {
       if (num_slots < Planner::MinSlots(trace.num_layers, trace.top_k, scope.scope)) continue;
-      for (const auto& policy : policies) {
+      for (const std::string& policy : PolicyNames()) {
+        if (policy == "on_demand") continue;  // keeps nothing, so it has no hits
         const std::string name = "PlanTrace/" + std::to_string(num_slots) + "_of_" +
                                  std::to_string(trace.num_layers * num_experts) + "/" + scope.name +
-                                 "/" + policy.name;
+                                 "/" + policy;
         benchmark::RegisterBenchmark(name.c_str(), PlanTrace, trace, num_experts, num_slots,
-                                     policy.policy, scope.scope)
+                                     ParsePolicy(policy), scope.scope)
             ->Unit(benchmark::kMillisecond)
             ->Iterations(1);
       }

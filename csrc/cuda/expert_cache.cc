@@ -17,9 +17,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr size_t kNumUses = 64;
+constexpr int kMaxLockSpins = 2000;
 // A lane that runs out of work keeps looking for more, so that a layer's misses start at once: to
 // wake a sleeping thread takes tens of microseconds.
-constexpr int kMaxLockSpins = 2000;
 constexpr auto kSpinTime = std::chrono::milliseconds(2);
 
 double NowUs() {

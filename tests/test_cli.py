@@ -26,6 +26,8 @@ JSON_KEYS = {
     "demand_bytes",
     "prefetch_bytes",
     "wasted_prefetch_bytes",
+    "prefetch_hits",
+    "horizon",
     "expert_cache_bytes",
     "expert_pool_bytes",
     "policy",

@@ -151,6 +151,7 @@ def test_online_predictor_learns_what_to_fetch(experts):
     """Four tokens in turn, and every layer turns its input: the pre-gate knows nothing of it."""
     predictor = ExpertPredictor(Routers(ROUTERS.numpy(), TOP_K))
     cache = experts.cache(12)
+    cache.set_horizon(2)
     layers, plain = model(cache, predictor=predictor), model(experts.cache(24))
     foreseen = {}
     for step in range(400):

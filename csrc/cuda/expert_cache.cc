@@ -172,20 +172,21 @@ const Plan& ExpertCache::BeginLayer(int32_t layer, const int64_t* expert_ids, si
   CollectStalls();
   RecordUses(plan_stream_);
   plan_stream_ = stream;
-  const Plan* plan = control_.BeginLayer(layer, routed_ids_, num_tokens);
+  const double begin_us = NowUs();
+  const Plan* plan = control_.BeginLayer(layer, routed_ids_, num_tokens, begin_us);
   if (plan == nullptr) {  // transfers hold every slot
-    const double begin_us = NowUs();
     CancelAll(lock);
-    control_.statistics()[static_cast<size_t>(layer)].stall_us += NowUs() - begin_us;
-    plan = control_.BeginLayer(layer, routed_ids_, num_tokens);
+    const double free_us = NowUs();
+    control_.RecordStall(layer, free_us - begin_us, /*is_late=*/false);
+    plan = control_.BeginLayer(layer, routed_ids_, num_tokens, free_us);
   }
   NotifyPosted();
   return *plan;
 }
 
 void ExpertCache::CollectStalls() {
-  device_->stalls.Collect([this](int32_t of_layer, double stall_us) {
-    control_.statistics()[static_cast<size_t>(of_layer)].stall_us += stall_us;
+  device_->stalls.Collect([this](int32_t of_layer, double stall_us, bool is_late) {
+    control_.RecordStall(of_layer, stall_us, is_late);
   });
 }
 
@@ -210,7 +211,8 @@ void ExpertCache::Wait(int32_t row_index, cudaStream_t stream) {
   const DeviceGuard guard(device_number_);
   Lock lock = Acquire();
   if (control_.IsReady(row_index)) return;
-  device_->stalls.Begin(stream, control_.plan()->layer);
+  const bool is_late = control_.RowAt(row_index).state == RowState::kLoading;
+  device_->stalls.Begin(stream, control_.plan()->layer, is_late);
   while (!control_.IsReady(row_index)) {
     const SlotId slot = control_.RowAt(row_index).slot;
     const Generation generation = control_.table().slot_generation[Index(slot)];
@@ -250,6 +252,32 @@ int32_t ExpertCache::Prefetch(int32_t layer, std::span<const int64_t> expert_ids
   const int32_t num_posted = control_.Prefetch(layer, expert_ids, distance);
   if (num_posted > 0) NotifyPosted();
   return num_posted;
+}
+
+void ExpertCache::SetHorizon(int32_t horizon) {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = Acquire();
+  control_.set_horizon(horizon);
+}
+
+int32_t ExpertCache::BeginPrefetch() {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = Acquire();
+  return control_.BeginPrefetch(bandwidth_.bytes_per_second());
+}
+
+int32_t ExpertCache::PrefetchPredicted(std::span<const float> need) {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = Acquire();
+  const int32_t num_posted = control_.PrefetchPredicted(need);
+  if (num_posted > 0) NotifyPosted();
+  return num_posted;
+}
+
+int32_t ExpertCache::horizon() const {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = Acquire();
+  return control_.horizon();
 }
 
 void ExpertCache::NotifyPosted() {
@@ -389,6 +417,12 @@ std::vector<LayerStatistics> ExpertCache::statistics() {
   const Lock lock = Acquire();
   CollectStalls();
   return control_.statistics();
+}
+
+PrefetchStatistics ExpertCache::prefetch_statistics() const {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = Acquire();
+  return control_.prefetch_statistics();
 }
 
 void ExpertCache::ResetStatistics() {

@@ -33,6 +33,7 @@ namespace expertflow::cuda {
 // other source is read by `num_threads` threads into pinned staging memory and copied from there.
 //
 //   plan = BeginLayer(layer, ids, stream)   waits for the ids, posts what is missing
+//   horizon = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
 //   Prefetch(later layer, ids)              any time
 //   for each row: Wait(row, stream); enqueue its work on the stream; Release(row, stream)
 //
@@ -74,15 +75,23 @@ class ExpertCache {
 
   int32_t Prefetch(int32_t layer, std::span<const int64_t> expert_ids, int32_t distance);
 
+  // The adaptive way: see the calls of CacheControl.
+  void SetHorizon(int32_t horizon);
+  int32_t BeginPrefetch();
+  int32_t PrefetchPredicted(std::span<const float> need);
+  int32_t horizon() const;
+
   std::byte* slot_data(SlotId slot) const {
     return device_->slots.data() + static_cast<size_t>(Index(slot)) * slot_bytes_;
   }
   const ExpertLayout& layout() const { return layout_; }
   size_t slot_bytes() const { return slot_bytes_; }
   int32_t num_slots() const { return control_.table().num_slots; }
+  int32_t num_experts() const { return control_.table().num_experts; }  // of a layer
   int device() const { return device_number_; }
 
   std::vector<LayerStatistics> statistics();  // [num_layers]
+  PrefetchStatistics prefetch_statistics() const;
   void ResetStatistics();
   double bandwidth_bytes_per_second() const;
 

@@ -35,9 +35,9 @@ def test_layer_times_are_measured_and_kept(layer_times, tmp_path):
     assert times.is_measured and set(times.layer_us) == set(layer_times.IMPLEMENTATIONS)
     assert times.default in times.layer_us
     file = tmp_path / "times.json"
-    file.write_text("{}")
-    layer_times.save_layer_times(file, "h200", times)
-    assert layer_times.load_layer_times(file) == {"h200": times}
+    for name in ("a6000", "h200", "h200"):
+        layer_times.save_layer_times(file, name, times)
+    assert layer_times.load_layer_times(file) == {"a6000": times, "h200": times}
     assert times.date in layer_times.describe(times)
 
 

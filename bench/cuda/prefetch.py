@@ -1,4 +1,4 @@
-"""Prefetch seen on a GPU: measured stall per token beside the simulator's for the same run.
+r"""Prefetch seen on a GPU: measured stall per token beside the simulator's for the same run.
 
     python -m expertflow record docs-moe-12x32 --text docs-moe-12x32/heldout-text.txt \
         --tokens 10000 --predictions --out docs-moe-predictions.npz
@@ -7,8 +7,9 @@
 The trace's routing at DeepSeek-V2-Lite's sizes (bf16, hidden 2048, experts of 17.3 MB, two shared
 ones, attention over a context): each layer is a CUDA graph of everything but the experts, then the
 plan, whose misses are on their way by then, the prefetches, and the experts. No head and no
-embedding. What the real predictor foresaw is replayed from the trace; what it costs on the GPU is
-measured elsewhere. The last tokens of the trace are run, where it has learned most.
+embedding. Two contexts stand for two layer times. What the real predictor foresaw is replayed from
+the trace; what it costs on the GPU is measured elsewhere. The last tokens of the trace are run,
+where it has learned most.
 
 - measured: the cache's statistics, that is, time in which the stream stood still before an expert,
   by events
@@ -199,6 +200,14 @@ def loads(trace: Trace, options: argparse.Namespace) -> Iterator[Load]:
         yield gpu
 
 
+def save(path: Path, costs: dict[str, Costs], rows: list[Row]) -> None:
+    found = {
+        "costs": {name: asdict(one) for name, one in costs.items()},
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -208,7 +217,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75])
     parser.add_argument("--warmup", type=int, default=200, help="tokens")
     parser.add_argument("--tokens", type=int, default=600, help="that are measured")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 16384])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--expert-kib", type=int, default=1024, help="of --device cpu")
     parser.add_argument("--layer-us", type=float, default=1000.0, help="of --device cpu")
@@ -220,13 +229,9 @@ def main() -> None:
     for load in loads(trace, options):
         costs[load.name], more = bench(load, trace, options)
         rows += more
+        if options.json:  # also if a later load should not get through
+            save(options.json, costs, rows)
     print_summary(rows)
-    if options.json:
-        found = {
-            "costs": {name: asdict(one) for name, one in costs.items()},
-            "rows": [asdict(row) | {"difference": row.difference} for row in rows],
-        }
-        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from prefetch_methods import ADAPTIVE, CLAIRVOYANT, DECAYED, FIXED, NO_PREFETCH, PERFECT
@@ -26,9 +27,14 @@ class Row:
 
     @property
     def difference(self) -> float:
-        return self.measured_us / self.simulated_us - 1 if self.simulated_us else 0.0
+        """Of the measured stall from the simulated one, as a share of the latter."""
+        if self.simulated_us > 0:
+            return self.measured_us / self.simulated_us - 1
+        return math.inf if self.measured_us > 0 else 0.0
 
 
+ASKED = [NO_PREFETCH, DECAYED, *FIXED, ADAPTIVE]  # to agree with the simulator
+AGREES = 0.15
 HEAD = (
     "cache  method                          measured  simulated    diff      wall    hits (sim.)"
     "   horizon (sim.)  prefetch (wasted)"
@@ -56,15 +62,17 @@ def summary(rows: dict[str, Row], cache: str) -> str:
     """One line of the last table."""
     fixed = min((rows[method.name] for method in FIXED), key=lambda row: row.measured_us)
     best = min((rows[method.name] for method in PERFECT), key=lambda row: row.measured_us)
-    asked = [NO_PREFETCH, DECAYED, *FIXED, ADAPTIVE]
-    farthest = max((rows[method.name] for method in asked), key=lambda row: abs(row.difference))
+    asked = [rows[method.name] for method in ASKED]
+    farthest = max(asked, key=lambda row: abs(row.difference))
+    num_agree = sum(abs(row.difference) <= AGREES for row in asked)
     within, over = [m.name for m in PERFECT], [m.name for m in CLAIRVOYANT]
     return (
         f"{cache:>5} {rows[NO_PREFETCH.name].measured_us:12.1f} {fixed.measured_us:10.1f} "
         f"({fixed.method[-1]}) {rows[ADAPTIVE.name].measured_us:9.1f} {best.measured_us:9.1f}   "
         f"{hidden(rows, within, 'measured_us'):5.0%} ({hidden(rows, within, 'simulated_us'):4.0%})"
         f"    {hidden(rows, over, 'measured_us'):5.0%} ({hidden(rows, over, 'simulated_us'):4.0%})"
-        f"   {farthest.difference:+6.1%} ({farthest.method})"
+        f"   {farthest.difference:+6.1%} ({farthest.method}), {num_agree} of {len(asked)} within "
+        f"{AGREES:.0%}"
     )
 
 

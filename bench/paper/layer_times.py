@@ -79,8 +79,9 @@ def load_layer_times(path: Path = FILE) -> dict[str, LayerTimes]:
 
 
 def save_layer_times(path: Path, name: str, times: LayerTimes) -> None:
-    """Add an entry to the file, or replace it."""
-    entries = {name: asdict(entry) for name, entry in load_layer_times(path).items()}
+    """Add an entry to the file, or replace it; without a file begin one."""
+    before = load_layer_times(path) if path.exists() else {}
+    entries = {name: asdict(entry) for name, entry in before.items()}
     entries[name] = asdict(times)
     path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 

@@ -261,9 +261,14 @@ class ExpertCache:
         Raises:
             ValueError: neither.
         """
-        if horizon != "auto" and not isinstance(horizon, int):
-            raise ValueError(f'horizon={horizon!r} is neither "auto" nor a number of layers')
-        self._core.set_horizon(_core.AUTO_HORIZON if horizon == "auto" else int(horizon))
+        if horizon == "auto":
+            self._core.set_horizon(_core.AUTO_HORIZON)
+        elif isinstance(horizon, int) and 0 <= horizon <= _core.MAX_HORIZON:
+            self._core.set_horizon(horizon)
+        else:
+            raise ValueError(
+                f'horizon={horizon!r} is neither "auto" nor 0 to {_core.MAX_HORIZON} layers'
+            )
         self._chosen_horizon = horizon
 
     @property

@@ -1,5 +1,6 @@
 """Models that prefetch what a predictor foresees: the same bits, and experts that arrive early."""
 
+import numpy as np
 import pytest
 import torch
 from streamed import EVERYTHING_CACHED, CacheOptions, generate, logits, same_bits, token_ids, use
@@ -103,6 +104,49 @@ def test_from_pretrained_makes_saves_and_loads_a_predictor(tiny_checkpoint, tmp_
         same_sizes.load_predictor(tmp_path / "learned")
     half = expertflow.from_pretrained(path, prefetch="auto", dtype="bfloat16", **options)
     half.load_predictor(tmp_path / "learned")
+
+
+def test_every_way_to_prefetch_gives_the_same_bits_and_tells_its_horizon(tiny_checkpoint):
+    path = tiny_checkpoint("olmoe")
+    models = {
+        prefetch: expertflow.from_pretrained(
+            path, expert_cache="50%", prefetch=prefetch, progress=False
+        )
+        for prefetch in (False, "auto", 1, 2)
+    }
+    expected = outputs(models[False])
+    assert models[False].expert_cache.statistics()["prefetch_bytes"] == 0
+    for prefetch in ("auto", 1, 2):
+        cache = models[prefetch].expert_cache
+        assert same_bits(outputs(models[prefetch]), expected)
+        statistics = cache.statistics()
+        assert statistics["horizon"] == cache.horizon
+        assert statistics["prefetch_hits"] <= statistics["prefetches_used"]
+        if prefetch == "auto":
+            assert 1 <= cache.horizon <= 8  # the copies are far faster than the layers
+        else:
+            assert cache.horizon == prefetch
+            assert statistics["prefetches_used"] + statistics["prefetches_wasted"] > 0
+        logits(models[prefetch], PROMPTS)
+        assert cache.horizon == 0, "prompts prefetch nothing"
+
+
+def test_on_demand_prefetches_nothing(predicting):
+    model = predicting("qwen3_moe", CacheOptions("50%", policy="on_demand"))
+    model.expert_cache.set_horizon(2)
+    generate(model, PROMPTS, 5)
+    assert model.expert_cache.statistics()["prefetch_bytes"] == 0
+
+
+def test_a_wrong_horizon_or_need_is_refused(tiny_streamed):
+    cache = use(tiny_streamed("qwen3_moe"), CacheOptions("50%")).expert_cache
+    for bad in (-1, 9, 1.5, "all"):
+        with pytest.raises(ValueError, match=f"horizon={bad!r} is neither"):
+            cache.set_horizon(bad)
+    for shape in ((8,), (2, 7), (1, 2, 8)):
+        with pytest.raises(ValueError, match=r"need must be \[distances, 8\]"):
+            cache.prefetch_predicted(np.zeros(shape, np.float32))
+    assert cache.prefetch_predicted(np.zeros((0, 8), np.float32)) == 0
 
 
 def test_set_expert_cache_keeps_the_predictor(predicting):

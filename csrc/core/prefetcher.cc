@@ -21,7 +21,8 @@ Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, const Trans
 
 void Prefetcher::set_horizon(int32_t horizon) {
   if (horizon < kAutoHorizon || horizon > kMaxHorizon) {
-    throw std::invalid_argument("horizon must be auto or 0 to " + std::to_string(kMaxHorizon));
+    throw std::invalid_argument("horizon must be auto or 0 to " + std::to_string(kMaxHorizon) +
+                                ", not " + std::to_string(horizon));
   }
   chosen_horizon_ = horizon;
 }

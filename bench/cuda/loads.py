@@ -23,6 +23,7 @@ class Load(Protocol):
 
     name: str
     expert_bytes: int
+    demand_chunk_bytes: int  # 0: as of prefetches
 
     def cache(self, num_slots: int, policy: str) -> ExpertCache: ...
     def begin(self) -> None:
@@ -38,6 +39,8 @@ class Load(Protocol):
 
 
 class GpuLoad:
+    demand_chunk_bytes = 24 << 20  # what the cache demands at a time from a pinned pool
+
     def __init__(self, trace: Trace, context: int) -> None:
         shape = decode.Shape(
             "docs-moe-12x32 at DeepSeek-V2-Lite's sizes",
@@ -99,6 +102,8 @@ class GpuLoad:
 
 
 class CpuLoad:
+    demand_chunk_bytes = 0
+
     def __init__(self, trace: Trace, expert_bytes: int, layer_us: float) -> None:
         self.sizes = (trace.num_layers, trace.num_experts, trace.top_k)
         self.ids = torch.from_numpy(trace.expert_ids.astype(np.int64))

@@ -15,9 +15,10 @@ where it has learned most.
   by events
 - wall: wall time less that of the same calls with all experts resident, the cross-check; it also
   has what a miss costs beside waiting, such as a launch for each expert
-- simulated: the same trace, slots, policy and warm-up. Bandwidth and latency of the link are those
-  of raw copies, the layer time and the experts' share of it those of a resident run that makes the
-  same prefetch calls, all measured in this run
+- simulated: the same trace, slots, policy, chunks and warm-up. Bandwidth and latency of the link
+  are those of raw copies; a layer's time is that of the measured run less its stall, since launches
+  and copies under way slow layers down; what of it comes before the plan is that of a run without
+  experts. All measured in this run
 - perfect: knows what the rest of the token needs; clairvoyant, which is the simulator's oracle:
   what the next token needs, too
 
@@ -50,6 +51,7 @@ from expertflow.traces import Trace, load_trace
 
 @dataclass(frozen=True)
 class Run:
+    tokens: int
     token_us: float
     counts: dict[str, Any]  # the cache's statistics
     mean_horizon: float
@@ -80,7 +82,7 @@ def run(
         load.end_token()
     load.synchronize()
     token_us = (time.perf_counter() - begin) / tokens * 1e6
-    return Run(token_us, cache.statistics(), horizon_sum / tokens / cache.num_layers)
+    return Run(tokens, token_us, cache.statistics(), horizon_sum / tokens / cache.num_layers)
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,16 @@ class Costs:
     without_experts_us: float  # a token
     resident_us: dict[str, float]  # a token, by what the method calls
 
-    def machine(self, calls: str, num_slots: int, expert_bytes: int, num_layers: int) -> Machine:
-        token_us = self.resident_us[calls]
+    def machine(self, run: Run, load: Load, num_slots: int, num_layers: int) -> Machine:
+        busy_us = run.token_us - run.counts["stall_us"] / run.tokens
         return Machine(
-            expert_cache=num_slots * expert_bytes,
-            expert_bytes=expert_bytes,
+            expert_cache=num_slots * load.expert_bytes,
+            expert_bytes=load.expert_bytes,
             link=self.link,
-            layer_time_us=token_us / num_layers,
-            expert_share=min(max(1 - self.without_experts_us / token_us, 0.0), 1.0),
+            layer_time_us=busy_us / num_layers,
+            expert_share=min(max(1 - self.without_experts_us / busy_us, 0.0), 1.0),
             chunk_bytes=CHUNK_BYTES,
+            demand_chunk_bytes=load.demand_chunk_bytes,
         )
 
 
@@ -138,7 +141,7 @@ def compare(
     cache = load.cache(num_slots, method.policy)
     seen = run(load, cache, prefetcher(cache, method, foreseen), warmup, tokens)
     counts = seen.counts
-    machine = costs.machine(method.calls, num_slots, load.expert_bytes, layers)
+    machine = costs.machine(seen, load, num_slots, layers)
     simulation = Simulation(source.trace, machine, warmup_tokens=warmup)
     assert simulation.num_slots == num_slots
     predictor = source.simulated_as if method.predictor else "none"

@@ -16,35 +16,50 @@
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that earlier work of the stream writes,
 // Min(value, other), atomic, CopyAsync(to, from), of a word into shared memory, for which
-// WaitForCopies() waits, and Release(word, value), which lets the host see `value` only after all
-// that the block wrote before.
+// WaitForCopies() waits, Release(word, value), which lets the host see `value` only after all
+// that the block wrote before, and Mark(phase), which says that a phase has ended.
 //
-// Reads every slot once, all loads at once, and nothing that depends on them but the rows' own
-// experts: a block on one multiprocessor waits for latency, not for bandwidth. Whether a routed
-// expert is resident is seen by the thread that has its slot (`slot_expert` and `expert_slot` say
-// the same), so no thread follows a chain of loads from the expert to its slot.
+// A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
+// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys, and four
+// barriers. Whether a routed expert is resident is seen by the thread that has its slot
+// (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
+// expert to its slot. Rows that are resident and rows that are missing are finished by different
+// warps, at the same time.
 
 namespace expertflow {
 
-// For a RowState: the id was there before, and is no row.
-constexpr int32_t kRepeated = -1;
+// What ends where the planner calls Block::Mark.
+enum class PlanPhase : int32_t {
+  kPrepared,  // before the wait for the previous kernel
+  kReleased,  // the wait
+  kRouted,    // ids are known
+  kRanked,    // slots are read and ranked
+  kCounted,   // hits and misses are known
+  kSelected,  // victims are known
+  kDone,      // all stores are on their way
+};
+constexpr int32_t kNumPlanPhases = 7;
 
 // Lies in the shared memory of the block, followed by `first_of_expert`.
 struct BlockPlannerShared {
+  // For a place in the routed ids, where no slot has its expert.
+  static constexpr int32_t kMissing = -1;
+  static constexpr int32_t kRepeated = -2;  // was there before, and is no row
+  static constexpr int32_t kBad = -3;
+
   BlockSelection selection;
-  // By place in the routed ids.
-  SlotId slot[kMaxRoutedIds];
-  int32_t state[kMaxRoutedIds];  // a RowState, or kRepeated
-  int32_t num_rows;
-  int32_t num_resident;
-  int32_t num_bad_ids;
+  int32_t residence[kMaxRoutedIds];  // by place: 2 * slot + (1 in flight), or one of the above
+  struct MissingRow {
+    int64_t key;
+    int32_t expert;
+  } missing[kMaxRoutedIds];
   int32_t log2_table[DecayedFrequency::kTableSize];
 };
 
 template <class Policy, class Block>
 class BlockPlanner {
  public:
-  // `first_of_expert` [num_experts] lies in shared memory too.
+  // `first_of_expert` [num_experts + 1] lies in shared memory too.
   EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* first_of_expert,
                                  const PlanningView& planning, const LayerPlanRequest& request)
       : block_(block),
@@ -57,45 +72,47 @@ class BlockPlanner {
   // Called by all threads, of which there are at least as many as ids.
   EXPERTFLOW_DEVICE void Run() {
     has_id_ = thread_ < request_.ids.count;
-    OwnSlots<Policy> own(planning_, request_.layer, first_of_expert_, thread_,
-                         block_.num_threads());
+    Slots own(block_, planning_, request_.layer, first_of_expert_);
     PrepareShared();
+    block_.Mark(PlanPhase::kPrepared);
     block_.WaitForPrevious();
-    // Only asked for: to convert one before the barrier would be to wait for it.
-    const bool wide = request_.ids.int64 != nullptr;
-    const int64_t id64 = has_id_ && wide ? request_.ids.int64[thread_] : 0;
-    const int32_t id32 = has_id_ && !wide ? request_.ids.int32[thread_] : 0;
+    block_.Mark(PlanPhase::kReleased);
+    NoteRouted(AskForAll(own));
     block_.Sync();
-    if (has_id_) NoteRouted(wide ? id64 : id32);
-    const PlanClock clock = *request_.clock;
-    now_ = clock.now + 1;
-    sequence_ = clock.sequence + 1;
-    own.Load(now_);
-    block_.Sync();
+    block_.Mark(PlanPhase::kRouted);
+    const uint32_t least = RankSlots(own);
     block_.WaitForCopies();
-    const LayerPlanStatus status = PlanRows(own);
-    WritePlan(status);
-    if (status == LayerPlanStatus::kPlanned) UpdateTable();
+    block_.Sync();
+    block_.Mark(PlanPhase::kRanked);
+    CountRows();
+    block_.Mark(PlanPhase::kCounted);
+    const LayerPlanStatus status = TakeSlots(own, least);
+    block_.Mark(PlanPhase::kSelected);
+    Finish(status);
+    block_.Mark(PlanPhase::kDone);
   }
 
  private:
-  static constexpr int32_t kNotRouted = OwnSlots<Policy>::kNotRouted;
+  using Slots = OwnSlots<Policy, Block>;
+  using Shared = BlockPlannerShared;
+
+  struct RowCounts {
+    int32_t hits = 0;
+    int32_t loading = 0;
+    int32_t misses = 0;
+  };
 
   // Reads nothing that an earlier kernel writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
-    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
-      first_of_expert_[e] = kNotRouted;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e <= planning_.table.num_experts; e += block_.num_threads()) {
+      first_of_expert_[e] = Slots::kNotRouted;
     }
-    if (has_id_) {
-      shared_.slot[thread_] = SlotId::kNone;
-      shared_.state[thread_] = Index(RowState::kMiss);
-    }
-    if (thread_ == 0) {
-      shared_.num_rows = shared_.num_resident = shared_.num_bad_ids = 0;
-      shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = 0;
-    }
+    if (has_id_) shared_.residence[thread_] = Shared::kMissing;
+    if (thread_ < kMaxBlockWarps) shared_.selection.warp_least[thread_] = kNoOrder;
+    if (thread_ == 0) shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = 0;
     if constexpr (std::is_same_v<Policy, DecayedFrequency>) {
-      // Looked up at the very end, when a row's key is known: by then it is near.
+      EXPERTFLOW_NO_UNROLL
       for (int32_t i = thread_; i < DecayedFrequency::kTableSize; i += block_.num_threads()) {
         block_.CopyAsync(shared_.log2_table[i], planning_.eviction.log2_1p_exp2_q24[i]);
       }
@@ -103,123 +120,182 @@ class BlockPlanner {
     }
   }
 
-  EXPERTFLOW_DEVICE void NoteRouted(int64_t id) {
-    if (id < 0 || id >= planning_.table.num_experts) {
-      block_.Add(shared_.num_bad_ids, 1);
+  // Asks for the ids, the tick and the slots, and returns the thread's id: one below zero is as far
+  // out of range as one of 32 bits that is not. The barrier keeps the compiler from using what has
+  // come before it has asked for all.
+  EXPERTFLOW_DEVICE uint64_t AskForAll(Slots& own) {
+    uint64_t id = 0;
+    if (has_id_) {
+      if (request_.ids.int64 != nullptr) {
+        id = static_cast<uint64_t>(request_.ids.int64[thread_]);
+      } else {
+        id = static_cast<uint32_t>(request_.ids.int32[thread_]);
+      }
+    }
+    clock_ = *request_.clock;
+    own.Load();
+    block_.Sync();
+    return id;
+  }
+
+  EXPERTFLOW_DEVICE void NoteRouted(uint64_t id) {
+    if (!has_id_) return;
+    if (id >= static_cast<uint64_t>(planning_.table.num_experts)) {
+      shared_.residence[thread_] = Shared::kBad;
       return;
     }
     expert_ = static_cast<int32_t>(id);
     block_.Min(first_of_expert_[expert_], thread_);
+    key_ = planning_.table.expert_key[Index(ToIndex(expert_))];
   }
 
-  EXPERTFLOW_DEVICE LayerPlanStatus PlanRows(OwnSlots<Policy>& own) {
-    if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
-    FindRows(own);
-    block_.Sync();
-    const int32_t num_misses = shared_.num_rows - shared_.num_resident;
-    if (num_misses > 0 && SelectSmallest(block_, shared_.selection, own, num_misses) < num_misses) {
-      return LayerPlanStatus::kNeedsWaves;
+  EXPERTFLOW_DEVICE uint32_t RankSlots(Slots& own) {
+    now_ = clock_.now + 1;
+    if (has_id_ && expert_ >= 0 && first_of_expert_[expert_] != thread_) {
+      shared_.residence[thread_] = Shared::kRepeated;
     }
-    OrderRows();
-    return LayerPlanStatus::kPlanned;
-  }
-
-  // Which ids are rows, and where those that are resident are.
-  EXPERTFLOW_DEVICE void FindRows(OwnSlots<Policy>& own) {
-    if (has_id_) {
-      is_row_ = first_of_expert_[expert_] == thread_;
-      if (is_row_) {
-        block_.Add(shared_.num_rows, 1);
-        key_ = planning_.table.expert_key[Index(RowExpert())];
-      } else {
-        shared_.state[thread_] = kRepeated;
-      }
-    }
-    own.SparePlanned([&](int32_t place, SlotId slot, RowState state) {
-      shared_.slot[place] = slot;
-      shared_.state[place] = Index(state);
-      block_.Add(shared_.num_resident, 1);
+    const uint32_t least = own.RankAll(now_, [this](int32_t place, SlotId slot, bool in_flight) {
+      shared_.residence[place] = 2 * Index(slot) + (in_flight ? 1 : 0);
     });
+    ShareLeast(block_, shared_.selection, least);
+    return least;
+  }
+
+  // Every warp for itself: cheaper than one warp and another barrier. A thread with an id learns
+  // how many rows of its state come before.
+  EXPERTFLOW_DEVICE void CountRows() {
+    constexpr int32_t kWarpSize = Block::kWarpSize;
+    const int32_t lane = thread_ % kWarpSize;
+    const uint32_t lower_lanes = (uint32_t{1} << lane) - 1;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t first = 0; first < request_.ids.count; first += kWarpSize) {
+      const int32_t place = first + lane;
+      const int32_t residence =
+          place < request_.ids.count ? shared_.residence[place] : Shared::kRepeated;
+      const bool is_loading = residence >= 0 && residence % 2 == 1;
+      const uint32_t hits = block_.Ballot(residence >= 0 && !is_loading);
+      const uint32_t loading = block_.Ballot(is_loading);
+      const uint32_t misses = block_.Ballot(residence == Shared::kMissing);
+      has_bad_id_ |= block_.Ballot(residence == Shared::kBad) != 0;
+      if (place == thread_) {
+        residence_ = residence;
+        before_ = {total_.hits + CountBits(hits & lower_lanes),
+                   total_.loading + CountBits(loading & lower_lanes),
+                   total_.misses + CountBits(misses & lower_lanes)};
+      }
+      total_.hits += CountBits(hits);
+      total_.loading += CountBits(loading);
+      total_.misses += CountBits(misses);
+    }
+  }
+
+  EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
+    if (has_bad_id_) return LayerPlanStatus::kBadExpertId;
+    if (total_.misses == 0) return LayerPlanStatus::kPlanned;
+    if (residence_ == Shared::kMissing) shared_.missing[before_.misses] = {key_, expert_};
+    const int32_t num_found = SelectSmallest(block_, shared_.selection, own, least, total_.misses);
+    return num_found < total_.misses ? LayerPlanStatus::kNeedsWaves : LayerPlanStatus::kPlanned;
   }
 
   // Hits, then late hits, then misses, each in order of first appearance.
-  EXPERTFLOW_DEVICE void OrderRows() {
-    if (!has_id_) return;
-    state_ = shared_.state[thread_];
-    int32_t before = 0;  // rows of the same state
-    for (int32_t i = 0; i < request_.ids.count; ++i) {
-      const int32_t state = shared_.state[i];
-      num_hits_ += state == Index(RowState::kHit) ? 1 : 0;
-      num_loading_ += state == Index(RowState::kLoading) ? 1 : 0;
-      before += i < thread_ && state == state_ ? 1 : 0;
+  EXPERTFLOW_DEVICE void Finish(LayerPlanStatus status) {
+    const bool planned = status == LayerPlanStatus::kPlanned;
+    const int32_t miss = block_.num_threads() - 1 - thread_;  // from the last warp on
+    const PlanRow resident = ResidentRow();
+    const PlanRow missing = planned && miss < total_.misses ? MissingRow(miss) : PlanRow{};
+    if (planned && residence_ >= 0) {
+      const bool hit = resident.state == RowState::kHit;
+      WriteRow(hit ? before_.hits : total_.hits + before_.loading, resident);
     }
-    row_ = before + (state_ == Index(RowState::kHit)       ? 0
-                     : state_ == Index(RowState::kLoading) ? num_hits_
-                                                           : num_hits_ + num_loading_);
-    slot_ = state_ == Index(RowState::kMiss)
-                ? static_cast<SlotId>(shared_.selection.victims[before])
-                : shared_.slot[thread_];
+    if (planned && miss < total_.misses) WriteRow(total_.hits + total_.loading + miss, missing);
+    WriteHeaders(status);
+    if (!planned) return;
+    if constexpr (std::is_same_v<Policy, OnDemand>) DropAllReady();
+    if (residence_ >= 0) {
+      RecordUse(planning_, resident.slot, ToIndex(resident.expert), KeyOnUse(key_), now_,
+                /*streaming=*/false);
+    }
+    if (miss < total_.misses) PlaceMissing(missing, shared_.missing[miss].key);
+    if (thread_ == Bookkeeper()) Count();
   }
 
-  // What the host sees of it is complete when the sequence number says so.
-  EXPERTFLOW_DEVICE void WritePlan(LayerPlanStatus status) {
-    const bool planned = status == LayerPlanStatus::kPlanned;
-    if (planned && is_row_) {
-      const PlanRow row{expert_, slot_, static_cast<RowState>(state_), 0, kNoRow};
-      request_.plan->rows[row_] = row;
-      if (request_.host_plan != nullptr) request_.host_plan->rows[row_] = row;
-    }
-    if (thread_ == 0) {
-      const int32_t num_rows = planned ? shared_.num_rows : 0;
-      FillHeader(*request_.plan, status, num_rows);
-      request_.plan->sequence = request_.clock->sequence = sequence_;
-      if (request_.host_plan != nullptr) FillHeader(*request_.host_plan, status, num_rows);
+  EXPERTFLOW_DEVICE PlanRow ResidentRow() const {
+    const RowState state = residence_ % 2 == 0 ? RowState::kHit : RowState::kLoading;
+    return {expert_, static_cast<SlotId>(residence_ / 2), state, 0, kNoRow};
+  }
+
+  EXPERTFLOW_DEVICE PlanRow MissingRow(int32_t miss) const {
+    return {shared_.missing[miss].expert, static_cast<SlotId>(shared_.selection.victims[miss]),
+            RowState::kMiss, 0, kNoRow};
+  }
+
+  EXPERTFLOW_DEVICE void WriteRow(int32_t number, const PlanRow& row) {
+    request_.plan->rows[number] = row;
+    if (request_.host_plan != nullptr) request_.host_plan->rows[number] = row;
+  }
+
+  // What the host sees of the plan is complete when the sequence number says so.
+  EXPERTFLOW_DEVICE void WriteHeaders(LayerPlanStatus status) {
+    if (thread_ == Bookkeeper()) {
+      WriteHeader(*request_.plan, status);
+      request_.plan->sequence = request_.clock->sequence = clock_.sequence + 1;
+      if (request_.host_plan != nullptr) WriteHeader(*request_.host_plan, status);
     }
     if (request_.host_plan == nullptr) return;
     block_.Sync();
-    // Takes about as long as all the rest, so not by a warp that has rows to place meanwhile.
-    if (thread_ == block_.num_threads() - 1) {
-      block_.Release(request_.host_plan->sequence, sequence_);
+    // Takes about as long as all the rest.
+    if (thread_ == Bookkeeper()) {
+      block_.Release(request_.host_plan->sequence, clock_.sequence + 1);
     }
   }
 
-  EXPERTFLOW_DEVICE void FillHeader(LayerPlan& plan, LayerPlanStatus status,
-                                    int32_t num_rows) const {
+  EXPERTFLOW_DEVICE void WriteHeader(LayerPlan& plan, LayerPlanStatus status) const {
+    const bool planned = status == LayerPlanStatus::kPlanned;
     plan.tick = now_;
     plan.status = status;
     plan.layer = request_.layer;
-    plan.num_rows = num_rows;
-    plan.num_hits = num_hits_;
-    plan.num_loading = num_loading_;
+    plan.num_rows = planned ? total_.hits + total_.loading + total_.misses : 0;
+    plan.num_hits = planned ? total_.hits : 0;
+    plan.num_loading = planned ? total_.loading : 0;
   }
 
-  EXPERTFLOW_DEVICE void UpdateTable() {
-    const auto add = [this](int64_t& counter, int64_t amount) { block_.Add(counter, amount); };
-    if (planning_.policy == PolicyKind::kOnDemand) {
-      for (int32_t s = thread_; s < planning_.table.num_slots; s += block_.num_threads()) {
-        DropIfReady(planning_, static_cast<SlotId>(s), add);
-      }
-      block_.Sync();
+  EXPERTFLOW_DEVICE void DropAllReady() {
+    for (int32_t s = thread_; s < planning_.table.num_slots; s += block_.num_threads()) {
+      DropIfReady(planning_, static_cast<SlotId>(s), Adder());
     }
-    if (is_row_ && state_ == Index(RowState::kMiss)) {
-      PlaceMiss(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false, add);
-      if (request_.fetch == MissFetch::kSameStream) {
-        planning_.table.slot_state[Index(slot_)] = SlotState::kReady;
-      }
-    } else if (is_row_) {
-      RecordUse(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false);
+    block_.Sync();
+  }
+
+  EXPERTFLOW_DEVICE void PlaceMissing(const PlanRow& row, int64_t key) {
+    PlaceMiss(planning_, row.slot, ToIndex(row.expert), KeyOnUse(key), now_, /*streaming=*/false,
+              Adder());
+    if (request_.fetch == MissFetch::kSameStream) {
+      planning_.table.slot_state[Index(row.slot)] = SlotState::kReady;
     }
-    if (thread_ != 0) return;
+  }
+
+  EXPERTFLOW_DEVICE void Count() {
     request_.clock->now = now_;
     LayerStatistics& counts = planning_.statistics[request_.layer];
-    add(counts.hits, num_hits_);
-    add(counts.late_hits, num_loading_);
-    add(counts.misses, shared_.num_rows - num_hits_ - num_loading_);
+    Adder()(counts.hits, int64_t{total_.hits});
+    Adder()(counts.late_hits, int64_t{total_.loading});
+    Adder()(counts.misses, int64_t{total_.misses});
   }
 
-  EXPERTFLOW_DEVICE ExpertIndex RowExpert() const {
-    return ToIndex(planning_.table, {request_.layer, expert_});
+  EXPERTFLOW_DEVICE int64_t KeyOnUse(int64_t key) const {
+    return Policy::KeyOnUse(planning_.eviction, key, now_);
   }
+
+  EXPERTFLOW_DEVICE auto Adder() {
+    return [this](auto& counter, auto amount) { block_.Add(counter, amount); };
+  }
+
+  EXPERTFLOW_DEVICE ExpertIndex ToIndex(int32_t expert) const {
+    return expertflow::ToIndex(planning_.table, {request_.layer, expert});
+  }
+
+  // A thread of a warp that has few rows to finish, or none.
+  EXPERTFLOW_DEVICE int32_t Bookkeeper() const { return block_.num_threads() / 2; }
 
   Block& block_;
   BlockPlannerShared& shared_;
@@ -228,19 +304,17 @@ class BlockPlanner {
   const LayerPlanRequest& request_;
   const int32_t thread_;
 
+  PlanClock clock_{};
   Tick now_ = 0;
-  uint64_t sequence_ = 0;
   // Of this thread's id.
   bool has_id_ = false;
-  bool is_row_ = false;
-  int32_t expert_ = 0;
+  int32_t expert_ = -1;
   int64_t key_ = 0;  // before this plan
-  int32_t state_ = kRepeated;
-  int32_t row_ = 0;
-  SlotId slot_ = SlotId::kNone;
-  // Of the plan; known to every thread with an id, and 0 for the others.
-  int32_t num_hits_ = 0;
-  int32_t num_loading_ = 0;
+  int32_t residence_ = BlockPlannerShared::kRepeated;
+  RowCounts before_;
+  // Of the plan.
+  RowCounts total_;
+  bool has_bad_id_ = false;
 };
 
 }  // namespace expertflow

@@ -26,7 +26,7 @@ class CpuBlockPlanner {
   CpuBlockPlanner(const Shape& shape, const PlannerConfig& config)
       : table_(shape.num_layers, shape.num_experts, shape.num_slots),
         statistics_(static_cast<size_t>(shape.num_layers)),
-        first_of_expert_(static_cast<size_t>(shape.num_experts)),
+        first_of_expert_(static_cast<size_t>(shape.num_experts) + 1),
         planning_(MakePlanningView(config, table_.view(), log2_table_.data(), statistics_.data())) {
   }
 
@@ -59,6 +59,7 @@ class CpuBlockPlanner {
 
  private:
   static int32_t NumThreads(int32_t num_ids) {
+    constexpr int32_t kWarpSize = HostBlock::kWarpSize;
     return std::max((num_ids + kWarpSize - 1) / kWarpSize * kWarpSize, kNumThreads);
   }
 

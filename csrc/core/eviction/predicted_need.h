@@ -26,12 +26,12 @@ struct PredictedNeed {
     return key == kNeverUsed ? kKeyOfZero : key;  // prefetched before its layer was ever planned
   }
 
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotTableView& table, int32_t slot,
-                                    Tick now) {
-    const int64_t key = table.slot_key[slot];
-    const bool predicted = key >= 0 && table.slot_predicted[slot] >= now;
-    return predicted ? key + kProtected : key;
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotUse& slot, Tick now) {
+    const bool predicted = slot.key >= 0 && slot.predicted >= now;
+    return predicted ? slot.key + kProtected : slot.key;
   }
+
+  EXPERTFLOW_HD static int64_t Origin(const EvictionParams&, Tick) { return kKeyOfZero; }
 };
 
 }  // namespace expertflow

@@ -9,6 +9,7 @@
 #include "core/ids.h"
 #include "core/layer_plan.h"
 #include "core/own_slots.h"
+#include "core/plan_phase.h"
 #include "core/planning.h"
 #include "core/slot_table.h"
 
@@ -27,18 +28,6 @@
 // warps, at the same time.
 
 namespace expertflow {
-
-// What ends where the planner calls Block::Mark.
-enum class PlanPhase : int32_t {
-  kPrepared,  // before the wait for the previous kernel
-  kReleased,  // the wait
-  kRouted,    // ids are known
-  kRanked,    // slots are read and ranked
-  kCounted,   // hits and misses are known
-  kSelected,  // victims are known
-  kDone,      // all stores are on their way
-};
-constexpr int32_t kNumPlanPhases = 7;
 
 // Lies in the shared memory of the block, followed by `first_of_expert`.
 struct BlockPlannerShared {

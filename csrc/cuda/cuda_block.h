@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#include "core/block_planner.h"
+#include "core/block_selection.h"
+#include "core/plan_phase.h"
 #include "cuda/grid_dependency.h"
 
 namespace expertflow {

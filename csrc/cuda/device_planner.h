@@ -31,6 +31,7 @@ class DevicePlanner {
 
   DeviceSlotTable& table() { return table_; }
   const PlanningView& planning() const { return planning_; }
+  PlanClock* clock() { return clock_; }  // in device memory
 
   // These wait for all work of the device.
   std::vector<LayerStatistics> ReadStatistics() const;

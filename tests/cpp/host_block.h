@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "core/block_planner.h"
+#include "core/plan_phase.h"
 
 namespace expertflow {
 

@@ -6,7 +6,8 @@
 //
 // Routing is uniform or skewed (bench/cpp/routes.h), so that about 25, 50 and 75 % of the experts
 // are resident, walks in a circle, so that none is, or stays, so that all are. "to_host" also
-// writes the plans to mapped host memory.
+// writes the plans to mapped host memory, "learns" also enqueues what the policy learns, behind
+// each plan.
 //
 // "PlanPhases" says where the time goes, in clock cycles a layer (see cuda_planner_phases.h):
 // `wait` for the kernel before, `ids` until they are known, `rank` until all slots are read and
@@ -95,23 +96,22 @@ LayerStatistics Total(const std::vector<LayerStatistics>& layers) {
   return total;
 }
 
+struct GraphOptions {
+  PolicyKind policy;
+  bool to_host = false;
+  bool learns = false;              // also what the policy learns, behind every plan
+  int64_t* phase_cycles = nullptr;  // if not null, with LaunchTimedPlanLayer
+};
+
 // One graph that plans all routes once.
 class PlannedRoutes {
  public:
-  PlannedRoutes(const Routes& routes, PolicyKind policy, bool to_host)
+  PlannedRoutes(const Routes& routes, const GraphOptions& options)
       : planner_(kShape.num_layers, kShape.num_experts, kNumSlots,
-                 {.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy}),
+                 {.top_k = kShape.top_k, .expert_bytes = 1, .policy = options.policy}),
+        options_(options),
         ids_(CopyToDevice(routes)),
-        host_plan_(to_host ? reinterpret_cast<LayerPlan*>(host_memory_.data()) : nullptr),
-        graph_([this](cudaStream_t stream) { Enqueue(stream); }) {}
-
-  // The same with LaunchTimedPlanLayer.
-  PlannedRoutes(const Routes& routes, PolicyKind policy, int64_t* phase_cycles)
-      : planner_(kShape.num_layers, kShape.num_experts, kNumSlots,
-                 {.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy}),
-        ids_(CopyToDevice(routes)),
-        host_plan_(nullptr),
-        phase_cycles_(phase_cycles),
+        host_plan_(options.to_host ? reinterpret_cast<LayerPlan*>(host_memory_.data()) : nullptr),
         graph_([this](cudaStream_t stream) { Enqueue(stream); }) {}
 
   TimedGraph& graph() { return graph_; }
@@ -132,7 +132,7 @@ class PlannedRoutes {
     for (int i = 0; i < kNumLaunches; ++i) {
       const int32_t layer = i % kShape.num_layers;
       const RoutedIds routed{ids + i * kShape.top_k, nullptr, kShape.top_k};
-      if (phase_cycles_ == nullptr) {
+      if (options_.phase_cycles == nullptr) {
         planner_.PlanLayer(layer, routed, plan, host_plan_, MissFetch::kSameStream, stream);
       } else {
         LaunchTimedPlanLayer(planner_.planning(),
@@ -142,22 +142,23 @@ class PlannedRoutes {
                               .clock = planner_.clock(),
                               .plan = plan,
                               .host_plan = nullptr},
-                             phase_cycles_, stream);
+                             options_.phase_cycles, stream);
       }
+      if (options_.learns) planner_.Learn(layer, stream);
     }
   }
 
   DevicePlanner planner_;
+  GraphOptions options_;
   DeviceMemory ids_;
   DeviceMemory plan_{sizeof(LayerPlan), "a plan"};
   PinnedMemory host_memory_{sizeof(LayerPlan)};
   LayerPlan* host_plan_;
-  int64_t* phase_cycles_ = nullptr;
   TimedGraph graph_;
 };
 
-void PlanLayer(benchmark::State& state, const Routes& routes, PolicyKind policy, bool to_host) {
-  PlannedRoutes planned(routes, policy, to_host);
+void PlanLayer(benchmark::State& state, const Routes& routes, const GraphOptions& options) {
+  PlannedRoutes planned(routes, options);
   TimedGraph empty([](cudaStream_t stream) {
     for (int i = 0; i < kNumLaunches; ++i) LaunchEmptyKernel(stream);
   });
@@ -184,7 +185,7 @@ using PhaseCycles = std::array<int64_t, kNumPlanPhases>;
 void PlanPhases(benchmark::State& state, const Routes& routes, PolicyKind policy) {
   DeviceMemory memory(sizeof(PhaseCycles), "phases");
   auto* in_memory = reinterpret_cast<int64_t*>(memory.data());
-  PlannedRoutes planned(routes, policy, in_memory);
+  PlannedRoutes planned(routes, {.policy = policy, .phase_cycles = in_memory});
   for (int i = 0; i < 3; ++i) planned.graph().RunUs();
   PhaseCycles cycles{};
   EXPERTFLOW_CUDA_CHECK(cudaMemcpy(in_memory, cycles.data(), sizeof cycles, cudaMemcpyDefault));
@@ -243,26 +244,22 @@ void RegisterAll() {
                   {"very_skewed", SkewedRoutes(kShape, 0.8, 0.5)},
                   {"all_misses", CircularRoutes(kShape)},
                   {"all_hits", StayingRoutes()}};
+  const auto set_up = [](benchmark::internal::Benchmark* benchmark) {
+    benchmark->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(kNumIterations);
+  };
   for (const auto& routing : routings) {
-    for (const PolicyKind policy : {PolicyKind::kLru, PolicyKind::kDecayedFrequency}) {
-      const std::string name = std::string("PlanPhases/") + routing.name +
-                               (policy == PolicyKind::kLru ? "/lru" : "/decayed_frequency");
-      benchmark::RegisterBenchmark(name.c_str(), PlanPhases, routing.routes, policy)
-          ->UseManualTime()
-          ->Unit(benchmark::kMillisecond)
-          ->Iterations(kNumIterations);
-    }
     for (const std::string& policy : PolicyNames()) {
-      if (policy == "predicted_need") continue;  // the kernel has no learner
-      for (const bool to_host : {false, true}) {
-        const std::string name = std::string("PlanLayerOnGpu/") + routing.name + "/" + policy +
-                                 (to_host ? "/to_host" : "");
-        benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routing.routes, ParsePolicy(policy),
-                                     to_host)
-            ->UseManualTime()
-            ->Unit(benchmark::kMillisecond)
-            ->Iterations(kNumIterations);
-      }
+      const PolicyKind kind = ParsePolicy(policy);
+      const std::string row = std::string(routing.name) + "/" + policy;
+      const auto add = [&](const char* suffix, const GraphOptions& options) {
+        const std::string name = "PlanLayerOnGpu/" + row + suffix;
+        set_up(benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routing.routes, options));
+      };
+      add("", {.policy = kind});
+      add("/to_host", {.policy = kind, .to_host = true});
+      if (kind == PolicyKind::kPredictedNeed) add("/learns", {.policy = kind, .learns = true});
+      set_up(benchmark::RegisterBenchmark(("PlanPhases/" + row).c_str(), PlanPhases, routing.routes,
+                                          kind));
     }
   }
 }

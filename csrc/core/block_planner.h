@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/block_need_model.h"
 #include "core/block_selection.h"
 #include "core/eviction/decayed_frequency.h"
 #include "core/host_device.h"
@@ -29,12 +30,11 @@
 
 namespace expertflow {
 
-// Lies in the shared memory of the block, followed by `first_of_expert`.
+// Lies in the shared memory of the block.
 struct BlockPlannerShared {
   // For a place in the routed ids, where no slot has its expert.
   static constexpr int32_t kMissing = -1;
   static constexpr int32_t kRepeated = -2;  // was there before, and is no row
-  static constexpr int32_t kBad = -3;
 
   BlockSelection selection;
   int32_t residence[kMaxRoutedIds];  // by place: 2 * slot + (1 in flight), or one of the above
@@ -42,18 +42,28 @@ struct BlockPlannerShared {
     int64_t key;
     int32_t expert;
   } missing[kMaxRoutedIds];
+  int32_t num_bad_ids;
   int32_t log2_table[DecayedFrequency::kTableSize];
+  BlockNeedShared need;
 };
+
+// Words of shared memory that the planner needs beside.
+EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_experts) {
+  const int32_t of_model = policy == PolicyKind::kPredictedNeed ? NumNeedWords(num_experts) : 0;
+  return num_experts + 1 + of_model;
+}
 
 template <class Policy, class Block>
 class BlockPlanner {
  public:
-  // `first_of_expert` [num_experts + 1] lies in shared memory too.
-  EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* first_of_expert,
+  // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too.
+  EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* shared_words,
                                  const PlanningView& planning, const LayerPlanRequest& request)
       : block_(block),
         shared_(shared),
-        first_of_expert_(first_of_expert),
+        first_of_expert_(shared_words),
+        need_(block, shared.need, shared_words + planning.table.num_experts + 1, planning.need,
+              request.layer),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -69,6 +79,8 @@ class BlockPlanner {
     NoteRouted(AskForAll(own));
     block_.Sync();
     block_.Mark(PlanPhase::kRouted);
+    now_ = clock_.now + 1;
+    if constexpr (kLearns) ObserveNeeds(own);
     const uint32_t least = RankSlots(own);
     block_.WaitForCopies();
     block_.Sync();
@@ -82,6 +94,11 @@ class BlockPlanner {
   }
 
  private:
+  static constexpr bool kLearns = std::is_same_v<Policy, PredictedNeed>;
+  struct NoModel {
+    template <class... Anything>
+    EXPERTFLOW_DEVICE explicit NoModel(Anything&&...) {}
+  };
   using Slots = OwnSlots<Policy, Block>;
   using Shared = BlockPlannerShared;
 
@@ -99,7 +116,10 @@ class BlockPlanner {
     }
     if (has_id_) shared_.residence[thread_] = Shared::kMissing;
     if (thread_ < kMaxBlockWarps) shared_.selection.warp_least[thread_] = kNoOrder;
-    if (thread_ == 0) shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = 0;
+    if (thread_ == 0) {
+      shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
+    }
+    if constexpr (kLearns) need_.PrepareShared();
     if constexpr (std::is_same_v<Policy, DecayedFrequency>) {
       EXPERTFLOW_NO_UNROLL
       for (int32_t i = thread_; i < DecayedFrequency::kTableSize; i += block_.num_threads()) {
@@ -122,6 +142,7 @@ class BlockPlanner {
       }
     }
     clock_ = *request_.clock;
+    if constexpr (kLearns) need_.Ask();
     own.Load();
     block_.Sync();
     return id;
@@ -130,7 +151,7 @@ class BlockPlanner {
   EXPERTFLOW_DEVICE void NoteRouted(uint64_t id) {
     if (!has_id_) return;
     if (id >= static_cast<uint64_t>(planning_.table.num_experts)) {
-      shared_.residence[thread_] = Shared::kBad;
+      block_.Add(shared_.num_bad_ids, 1);
       return;
     }
     expert_ = static_cast<int32_t>(id);
@@ -138,11 +159,26 @@ class BlockPlanner {
     key_ = planning_.table.expert_key[Index(ToIndex(expert_))];
   }
 
-  EXPERTFLOW_DEVICE uint32_t RankSlots(Slots& own) {
-    now_ = clock_.now + 1;
-    if (has_id_ && expert_ >= 0 && first_of_expert_[expert_] != thread_) {
-      shared_.residence[thread_] = Shared::kRepeated;
+  // An id that the layer has and that was not there before.
+  EXPERTFLOW_DEVICE bool IsRow() const {
+    return expert_ >= 0 && first_of_expert_[expert_] == thread_;
+  }
+
+  // As Planner::ObserveNeeds does.
+  EXPERTFLOW_DEVICE void ObserveNeeds(Slots& own) {
+    if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
+    need_.Observe(first_of_expert_, Slots::kNotRouted, IsRow() ? expert_ : -1);
+    const int32_t* scores = need_.scores();
+    own.SetScores(scores);
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
+      planning_.table.expert_key[Index(ToIndex(e))] = PredictedNeed::KeyOf(scores[e]);
     }
+    if (expert_ >= 0) key_ = PredictedNeed::KeyOf(scores[expert_]);
+  }
+
+  EXPERTFLOW_DEVICE uint32_t RankSlots(Slots& own) {
+    if (has_id_ && !IsRow()) shared_.residence[thread_] = Shared::kRepeated;
     const uint32_t least = own.RankAll(now_, [this](int32_t place, SlotId slot, bool in_flight) {
       shared_.residence[place] = 2 * Index(slot) + (in_flight ? 1 : 0);
     });
@@ -165,7 +201,6 @@ class BlockPlanner {
       const uint32_t hits = block_.Ballot(residence >= 0 && !is_loading);
       const uint32_t loading = block_.Ballot(is_loading);
       const uint32_t misses = block_.Ballot(residence == Shared::kMissing);
-      has_bad_id_ |= block_.Ballot(residence == Shared::kBad) != 0;
       if (place == thread_) {
         residence_ = residence;
         before_ = {total_.hits + CountBits(hits & lower_lanes),
@@ -179,7 +214,7 @@ class BlockPlanner {
   }
 
   EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
-    if (has_bad_id_) return LayerPlanStatus::kBadExpertId;
+    if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
     if (total_.misses == 0) return LayerPlanStatus::kPlanned;
     if (residence_ == Shared::kMissing) shared_.missing[before_.misses] = {key_, expert_};
     const int32_t num_found = SelectSmallest(block_, shared_.selection, own, least, total_.misses);
@@ -198,6 +233,12 @@ class BlockPlanner {
     }
     if (planned && miss < total_.misses) WriteRow(total_.hits + total_.loading + miss, missing);
     WriteHeaders(status);
+    if constexpr (kLearns) {
+      const bool comes_again = status == LayerPlanStatus::kNeedsWaves;
+      if (thread_ == Bookkeeper() && (planned || comes_again)) {
+        need_.NoteOutcome(comes_again, now_);
+      }
+    }
     if (!planned) return;
     if constexpr (std::is_same_v<Policy, OnDemand>) DropAllReady();
     if (residence_ >= 0) {
@@ -288,7 +329,8 @@ class BlockPlanner {
 
   Block& block_;
   BlockPlannerShared& shared_;
-  int32_t* const first_of_expert_;
+  int32_t* const first_of_expert_;  // [num_experts + 1]
+  std::conditional_t<kLearns, BlockNeedModel<Block>, NoModel> need_;
   PlanningView planning_;
   const LayerPlanRequest& request_;
   const int32_t thread_;
@@ -303,7 +345,6 @@ class BlockPlanner {
   RowCounts before_;
   // Of the plan.
   RowCounts total_;
-  bool has_bad_id_ = false;
 };
 
 }  // namespace expertflow

@@ -39,6 +39,9 @@ class OwnSlots {
     offset_ = stretch + block.thread() % Block::kWarpSize;
   }
 
+  // The layer's experts have new `scores` [num_experts], in shared memory (PredictedNeed).
+  EXPERTFLOW_DEVICE void SetScores(const int32_t* scores) { scores_ = scores; }
+
   // Asks for the first tile.
   EXPERTFLOW_DEVICE void Load() { LoadTile(range_.begin); }
 
@@ -111,6 +114,9 @@ class OwnSlots {
       const bool dropped = kOnDemand && state_[k] == SlotState::kReady;
       const auto local_expert = static_cast<uint32_t>(Index(expert_[k]) - first_expert_);
       const bool of_layer = exists & !dropped & (local_expert < num_experts);
+      if constexpr (std::is_same_v<Policy, PredictedNeed>) {
+        if (of_layer && scores_ != nullptr) TakeScore(k, SlotOf(first, k), scores_[local_expert]);
+      }
       const int32_t place = first_of_expert_[of_layer ? local_expert : num_experts];
       const bool routed = place != kNotRouted;
       if (routed) found(place, static_cast<SlotId>(SlotOf(first, k)), in_flight);
@@ -122,10 +128,17 @@ class OwnSlots {
     return least;
   }
 
+  // What PredictedNeed::RecordScore does to a slot.
+  EXPERTFLOW_DEVICE void TakeScore(int32_t k, int32_t slot, int32_t score) {
+    if (use_[k].key < 0) return;
+    planning_.table.slot_key[slot] = use_[k].key = PredictedNeed::KeyOf(score);
+  }
+
   const PlanningView& planning_;
   const SlotRange range_;
   const int32_t first_expert_;
   const int32_t* const first_of_expert_;
+  const int32_t* scores_ = nullptr;
   int32_t tile_size_;
   int32_t stretch_end_;  // of the warp's slots in a tile
   int32_t offset_;       // of the thread's first slot in a tile

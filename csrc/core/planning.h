@@ -4,6 +4,7 @@
 
 #include "core/eviction/decayed_frequency.h"
 #include "core/eviction/lru.h"
+#include "core/eviction/need_state.h"
 #include "core/eviction/on_demand.h"
 #include "core/eviction/policy.h"
 #include "core/eviction/predicted_need.h"
@@ -31,6 +32,7 @@ struct PlanningView {
   PolicyKind policy;
   CacheScope scope;
   int64_t expert_bytes;
+  BlockNeedState need{};  // of PolicyKind::kPredictedNeed in a kernel
 };
 
 struct SlotRange {

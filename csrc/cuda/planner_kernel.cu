@@ -1,13 +1,44 @@
 #include "cuda/planner_kernel.h"
 
+#include "core/block_need_model.h"
 #include "cuda/cuda_block.h"
 #include "cuda/planner_launch.h"
 
 namespace expertflow {
+namespace {
+
+constexpr unsigned kLearningThreads = 512;
+
+// `first_use` [width] lies behind the words of the model.
+__global__ void __launch_bounds__(kLearningThreads)
+    LearnNeedsKernel(const BlockNeedState state, int32_t layer) {
+  __shared__ BlockNeedShared shared;
+  extern __shared__ int32_t shared_words[];
+  CudaBlock block;
+  BlockNeedModel<CudaBlock>(block, shared, shared_words, state, layer)
+      .Learn(shared_words + NumNeedWords(state.model.num_experts));
+}
+
+}  // namespace
 
 void LaunchPlanLayer(const PlanningView& planning, const LayerPlanRequest& request,
                      cudaStream_t stream) {
   LaunchPlanLayerOn(CudaBlock(), planning, request, stream);
+}
+
+void LaunchLearnNeeds(const PlanningView& planning, int32_t layer, cudaStream_t stream) {
+  CheckPlannable(layer >= 0 && layer < planning.table.num_layers, "layer", layer,
+                 planning.table.num_layers - 1);
+  const NeedState& model = planning.need.model;
+  const auto* kernel = reinterpret_cast<const void*>(&LearnNeedsKernel);
+  const int32_t num_words = NumNeedWords(model.num_experts) + model.width;
+  void* arguments[] = {const_cast<BlockNeedState*>(&planning.need), &layer};
+  LaunchOverlapped({.kernel = kernel,
+                    .num_blocks = 1,
+                    .num_threads = kLearningThreads,
+                    .shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words),
+                    .overlaps_previous = CanOverlap(kernel)},
+                   arguments, stream);
 }
 
 }  // namespace expertflow

@@ -21,8 +21,8 @@ template <class Policy, class Block>
 __global__ void __launch_bounds__(CudaBlock::kMaxThreads)
     PlanLayerKernel(const PlanningView planning, const LayerPlanRequest request, Block block) {
   __shared__ BlockPlannerShared shared;
-  extern __shared__ int32_t first_of_expert[];
-  BlockPlanner<Policy, Block>(block, shared, first_of_expert, planning, request).Run();
+  extern __shared__ int32_t shared_words[];
+  BlockPlanner<Policy, Block>(block, shared, shared_words, planning, request).Run();
 }
 
 inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t limit) {
@@ -48,14 +48,15 @@ template <class Block>
 void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPlanRequest& request,
                        cudaStream_t stream) {
   constexpr size_t kMaxDynamicBytes = 48 * 1024 - sizeof(BlockPlannerShared);
-  const size_t first_of_expert_bytes =
-      sizeof(int32_t) * (static_cast<size_t>(planning.table.num_experts) + 1);
+  const int64_t num_words = NumPlannerWords(planning.policy, planning.table.num_experts);
+  const size_t shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words);
   CheckPlannable(request.layer >= 0 && request.layer < planning.table.num_layers, "layer",
                  request.layer, planning.table.num_layers - 1);
   CheckPlannable(request.ids.count >= 0 && request.ids.count <= kMaxRoutedIds, "routed ids",
                  request.ids.count, kMaxRoutedIds);
-  CheckPlannable(first_of_expert_bytes <= kMaxDynamicBytes, "experts per layer",
-                 planning.table.num_experts, kMaxDynamicBytes / sizeof(int32_t) - 1);
+  CheckPlannable(shared_bytes <= kMaxDynamicBytes, "experts per layer", planning.table.num_experts,
+                 planning.table.num_experts * static_cast<int64_t>(kMaxDynamicBytes) /
+                     static_cast<int64_t>(shared_bytes));
   const auto num_threads = static_cast<unsigned>(NumPlannerThreads(planning, request));
   WithPolicy(planning.policy, [&]<class Policy>(Policy) {
     const auto* kernel = reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block>);
@@ -64,7 +65,7 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
     LaunchOverlapped({.kernel = kernel,
                       .num_blocks = 1,
                       .num_threads = num_threads,
-                      .shared_bytes = first_of_expert_bytes,
+                      .shared_bytes = shared_bytes,
                       .overlaps_previous = CanOverlap(kernel)},
                      arguments, stream);
   });

@@ -18,6 +18,7 @@
 #include "cuda/device_memory.h"
 #include "cuda/device_planner.h"
 #include "cuda/pinned_memory.h"
+#include "cuda/planner_kernel.h"
 #include "cuda/stream.h"
 #include "cuda_test.h"
 #include "paired_planners.h"
@@ -69,6 +70,7 @@ class GpuPlanner {
     const RoutedIds routed = ids_.Put(ids, /*narrow=*/sequence_ % 2 == 1);
     planner_.PlanLayer(layer, routed, reinterpret_cast<LayerPlan*>(plan_.data()), host_plan_, fetch,
                        stream_.get());
+    planner_.Learn(layer, stream_.get());
     ++sequence_;
     WaitForPlan();
     const LayerPlan early = *host_plan_;
@@ -155,8 +157,7 @@ TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {
   EXPECT_THROW(enqueue(-1, 2), std::invalid_argument);
   EXPECT_THROW(enqueue(0, kMaxRoutedIds + 1), std::invalid_argument);
   EXPECT_THROW(DevicePlanner(2, 8, 1, config), std::invalid_argument);
-  const PlannerConfig learning{.top_k = 2, .expert_bytes = 1, .policy = PolicyKind::kPredictedNeed};
-  EXPECT_THROW(DevicePlanner(2, 8, 6, learning), std::invalid_argument);
+  EXPECT_THROW(LaunchLearnNeeds(planner.planning(), 2, nullptr), std::invalid_argument);
   DevicePlanner many_experts(1, 20'000, 16, config);
   EXPECT_THROW(
       many_experts.PlanLayer(0, ids.Put({1, 2}, false), reinterpret_cast<LayerPlan*>(plan.data()),

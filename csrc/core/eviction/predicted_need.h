@@ -11,9 +11,11 @@ namespace expertflow {
 struct PredictedNeed {
   static constexpr int64_t kKeyOfZero = int64_t{1} << 40;  // keys of used experts are positive
 
+  EXPERTFLOW_HD static int64_t KeyOf(int32_t score) { return kKeyOfZero + score; }
+
   EXPERTFLOW_HD static void RecordScore(const SlotTableView& table, ExpertIndex expert,
                                         int32_t score) {
-    const int64_t key = kKeyOfZero + score;
+    const int64_t key = KeyOf(score);
     table.expert_key[Index(expert)] = key;
     const SlotId slot = table.expert_slot[Index(expert)];
     // A key below zero stays: a long prompt left the expert there.

@@ -43,7 +43,10 @@ class BlockNeedModel {
         layer_(layer),
         thread_(block.thread()),
         lane_(block.thread() % Block::kWarpSize),
-        warp_(block.thread() / Block::kWarpSize) {}
+        warp_(block.thread() / Block::kWarpSize),
+        layer_of_warp_(warp_ < NeedRules::kNumSources ? model_.SourceLayer(layer, warp_) : 0),
+        layer_of_thread_(thread_ < NeedRules::kNumSources ? model_.SourceLayer(layer, thread_)
+                                                          : 0) {}
 
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL
@@ -51,18 +54,15 @@ class BlockNeedModel {
     if (thread_ == 0) shared_.num_inputs = shared_.num_routed = 0;
   }
 
-  // Asks for all that does not depend on what is routed now. Each of some warps reads what one
-  // source routed.
+  // Asks for all that does not depend on what is routed now: some warps each for what one source
+  // routed, some threads each for the step of one.
   EXPERTFLOW_DEVICE void Ask() {
     retried_ = *state_.retried;
     number_ = model_.num_steps[layer_];
-    if (thread_ < NeedRules::kNumSources) {
-      source_steps_ = model_.num_steps[model_.SourceLayer(layer_, thread_)];
-    }
+    if (thread_ < NeedRules::kNumSources) source_steps_ = model_.num_steps[layer_of_thread_];
     if (warp_ > 0 && warp_ < NeedRules::kNumSources) {
-      source_layer_ = model_.SourceLayer(layer_, warp_);
-      num_latest_ = state_.latest_count[source_layer_];
-      if (lane_ < model_.num_experts) latest_ = Latest(source_layer_)[lane_];
+      num_latest_ = state_.latest_count[layer_of_warp_];
+      if (lane_ < model_.num_experts) latest_ = Latest(layer_of_warp_)[lane_];
     }
     if (thread_ < model_.num_experts) {
       frequency_ = Frequency()[thread_];
@@ -75,14 +75,13 @@ class BlockNeedModel {
     return retried_.layer != layer_ || retried_.tick != now;
   }
 
-  // Scores the layer's experts and records the step. `first_of_expert` says which experts are
-  // routed, `row_expert` which of them is the thread's own, or -1. Afterwards scores() can be
-  // read. Called by all threads, behind a barrier; ends with one.
+  // Scores the layer's experts. `first_of_expert` says which are routed, `row_expert` which of them
+  // is the thread's own, or -1. Afterwards scores() can be read. Called by all threads, of which
+  // there are kNumSources warps at least, behind a barrier; ends with one.
   EXPERTFLOW_DEVICE void Observe(const int32_t* first_of_expert, int32_t not_routed,
                                  int32_t row_expert) {
     AddInputs(row_expert);
     block_.Sync();
-    Record(row_expert);
     SumWeights();
     block_.Sync();
     EXPERTFLOW_NO_UNROLL
@@ -94,7 +93,25 @@ class BlockNeedModel {
 
   EXPERTFLOW_DEVICE const int32_t* scores() const { return scores_; }
 
-  // By one thread, at the end of a plan.
+  // Records the step that was observed: at the end of a plan, since nothing in it waits for that.
+  // Called by all threads.
+  EXPERTFLOW_DEVICE void Record(int32_t row_expert) {
+    if (row_expert >= 0) {
+      model_.Routed(layer_, number_)[place_] = Latest(layer_)[place_] = row_expert;
+    }
+    NeedStep& step = model_.steps[model_.StepIndex(layer_, number_)];
+    if (thread_ < NeedRules::kNumSources) {
+      step.source_steps[thread_] =
+          IsThisStep(thread_, layer_of_thread_) ? number_ : source_steps_ - 1;
+    }
+    if (thread_ != 0) return;
+    step.number = number_;
+    step.num_experts = state_.latest_count[layer_] = shared_.num_routed;
+    model_.num_steps[layer_] = number_ + 1;
+    state_.to_learn[layer_] = number_;
+  }
+
+  // Whether the plan found no slots and comes again; by one thread, at its end.
   EXPERTFLOW_DEVICE void NoteOutcome(bool comes_again, Tick now) {
     *state_.retried = {now, comes_again ? layer_ : -1};
   }
@@ -116,12 +133,12 @@ class BlockNeedModel {
     FindUses(past, first_use);
     AddPastInputs(past);
     block_.Sync();
-    const int16_t* probability = model_.Probabilities(layer_, past);
+    const int16_t* foreseen = model_.Foreseen(layer_, past);
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e < model_.width; e += block_.num_threads()) {
       const int32_t label =
           first_use[e] > model_.window ? 0 : NeedRules::Label(first_use[e], model_.window);
-      first_use[e] = NeedRules::Gradient(label, probability[e]);
+      first_use[e] = NeedRules::Gradient(label, model_.sigmoid[foreseen[e]]);
     }
     block_.Sync();
     StepWeights(first_use);
@@ -142,41 +159,27 @@ class BlockNeedModel {
     inputs_[block_.Add(shared_.num_inputs, 1)] = model_.WeightRow(layer_, source, routed);
   }
 
-  // Whether a source is the step that is being observed.
-  EXPERTFLOW_DEVICE bool IsThisStep(int32_t source) const {
-    return source != 1 && model_.SourceLayer(layer_, source) == layer_;
+  // Whether a source, which is of `source_layer`, is the step that is being observed.
+  EXPERTFLOW_DEVICE bool IsThisStep(int32_t source, int32_t source_layer) const {
+    return source != 1 && source_layer == layer_;
   }
 
   EXPERTFLOW_DEVICE void AddInputs(int32_t row_expert) {
     if (row_expert >= 0) {
       place_ = block_.Add(shared_.num_routed, 1);
       AddInput(0, row_expert);
+      const bool turns_round = model_.num_layers <= NeedRules::kLayersBack;
       EXPERTFLOW_NO_UNROLL
-      for (int32_t s = 2; s < NeedRules::kNumSources; ++s) {
-        if (IsThisStep(s)) AddInput(s, row_expert);
+      for (int32_t s = 2; turns_round && s < NeedRules::kNumSources; ++s) {
+        if (IsThisStep(s, model_.SourceLayer(layer_, s))) AddInput(s, row_expert);
       }
     }
-    if (warp_ == 0 || warp_ >= NeedRules::kNumSources || IsThisStep(warp_)) return;
+    if (warp_ == 0 || warp_ >= NeedRules::kNumSources) return;
+    if (IsThisStep(warp_, layer_of_warp_)) return;
     EXPERTFLOW_NO_UNROLL
     for (int32_t i = lane_; i < num_latest_; i += Block::kWarpSize) {
-      AddInput(warp_, i == lane_ ? latest_ : Latest(source_layer_)[i]);
+      AddInput(warp_, i == lane_ ? latest_ : Latest(layer_of_warp_)[i]);
     }
-  }
-
-  EXPERTFLOW_DEVICE void Record(int32_t row_expert) {
-    if (row_expert >= 0) {
-      model_.Routed(layer_, number_)[place_] = Latest(layer_)[place_] = row_expert;
-    }
-    NeedStep& step = model_.steps[model_.StepIndex(layer_, number_)];
-    if (thread_ < NeedRules::kNumSources) {
-      const bool this_step = IsThisStep(thread_);
-      step.source_steps[thread_] = this_step ? number_ : source_steps_ - 1;
-    }
-    if (thread_ != 0) return;
-    step.number = number_;
-    step.num_experts = state_.latest_count[layer_] = shared_.num_routed;
-    model_.num_steps[layer_] = number_ + 1;
-    state_.to_learn[layer_] = number_;
   }
 
   // A warp takes every so-many-th row, some at once.
@@ -217,7 +220,7 @@ class BlockNeedModel {
     const int32_t score = NeedRules::Score(logit, asked_for ? score_ : Scores()[e]);
     scores_[e] = Scores()[e] = score;
     Frequency()[e] = frequency;
-    model_.Probabilities(layer_, number_)[e] = NeedRules::Probability(model_.sigmoid, logit);
+    model_.Foreseen(layer_, number_)[e] = NeedRules::SigmoidIndex(logit);
   }
 
   // first_use[expert]: how many tokens after `past` it is used first, if within the window.
@@ -275,12 +278,13 @@ class BlockNeedModel {
   const int32_t thread_;
   const int32_t lane_;
   const int32_t warp_;
+  const int32_t layer_of_warp_;    // of the source that is the warp's
+  const int32_t layer_of_thread_;  // of the source that is the thread's
 
   NeedRetry retried_{};
-  int64_t number_ = 0;        // of the step
-  int64_t source_steps_ = 0;  // of the source that is the thread's
-  int32_t source_layer_ = 0;  // of the source that is the warp's
-  int32_t num_latest_ = 0;
+  int64_t number_ = 0;  // of the step
+  int64_t source_steps_ = 0;
+  int32_t num_latest_ = 0;  // experts that the source routed last
   int32_t latest_ = 0;
   int16_t frequency_ = 0;  // of the expert that is the thread's
   int32_t score_ = 0;

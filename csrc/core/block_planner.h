@@ -167,6 +167,7 @@ class BlockPlanner {
   // As Planner::ObserveNeeds does.
   EXPERTFLOW_DEVICE void ObserveNeeds(Slots& own) {
     if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
+    has_observed_ = true;
     need_.Observe(first_of_expert_, Slots::kNotRouted, IsRow() ? expert_ : -1);
     const int32_t* scores = need_.scores();
     own.SetScores(scores);
@@ -175,6 +176,13 @@ class BlockPlanner {
       planning_.table.expert_key[Index(ToIndex(e))] = PredictedNeed::KeyOf(scores[e]);
     }
     if (expert_ >= 0) key_ = PredictedNeed::KeyOf(scores[expert_]);
+  }
+
+  EXPERTFLOW_DEVICE void RecordNeeds(LayerPlanStatus status) {
+    if (has_observed_) need_.Record(IsRow() ? expert_ : -1);
+    if (thread_ == Bookkeeper() && status != LayerPlanStatus::kBadExpertId) {
+      need_.NoteOutcome(status == LayerPlanStatus::kNeedsWaves, now_);
+    }
   }
 
   EXPERTFLOW_DEVICE uint32_t RankSlots(Slots& own) {
@@ -233,12 +241,7 @@ class BlockPlanner {
     }
     if (planned && miss < total_.misses) WriteRow(total_.hits + total_.loading + miss, missing);
     WriteHeaders(status);
-    if constexpr (kLearns) {
-      const bool comes_again = status == LayerPlanStatus::kNeedsWaves;
-      if (thread_ == Bookkeeper() && (planned || comes_again)) {
-        need_.NoteOutcome(comes_again, now_);
-      }
-    }
+    if constexpr (kLearns) RecordNeeds(status);
     if (!planned) return;
     if constexpr (std::is_same_v<Policy, OnDemand>) DropAllReady();
     if (residence_ >= 0) {
@@ -345,6 +348,7 @@ class BlockPlanner {
   RowCounts before_;
   // Of the plan.
   RowCounts total_;
+  bool has_observed_ = false;  // by the need model
 };
 
 }  // namespace expertflow

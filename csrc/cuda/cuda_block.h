@@ -14,7 +14,7 @@ namespace expertflow {
 // The `Block` of core/block_selection.h and core/block_planner.h.
 struct CudaBlock {
   static constexpr int32_t kWarpSize = 32;
-  static constexpr int32_t kMaxThreads = kWarpSize * kMaxBlockWarps;
+  static constexpr int32_t kMaxThreads = 768;  // with 80 registers each
   static constexpr unsigned kAllLanes = 0xffffffffU;
 
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }

@@ -35,12 +35,14 @@ inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t 
 // to find a token's victims in one pass.
 inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRequest& request) {
   constexpr int32_t kMinWarps = 8;
+  constexpr int32_t kMaxWarps = CudaBlock::kMaxThreads / CudaBlock::kWarpSize;
+  static_assert(kMaxWarps <= kMaxBlockWarps && CudaBlock::kMaxThreads >= kMaxRoutedIds);
   constexpr int32_t kPerTile = OwnSlots<Lru, CudaBlock>::kPerTile;
   const SlotRange range = RangeOf(planning, request.layer);
   const int32_t wanted =
       std::max((range.end - range.begin + kPerTile - 1) / kPerTile, request.ids.count);
   const int32_t num_warps = (wanted + CudaBlock::kWarpSize - 1) / CudaBlock::kWarpSize;
-  return std::clamp(num_warps, kMinWarps, kMaxBlockWarps) * CudaBlock::kWarpSize;
+  return std::clamp(num_warps, kMinWarps, kMaxWarps) * CudaBlock::kWarpSize;
 }
 
 // Throws as LaunchPlanLayer does.

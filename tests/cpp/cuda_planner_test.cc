@@ -174,14 +174,14 @@ struct DestroyGraph {
 using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
 
-using PlannerKernelGraphTest = CudaTest;
+class PlannerKernelGraphTest : public CudaTest, public testing::WithParamInterface<PolicyKind> {};
 
 // A graph of one decode step, replayed with other ids in the same memory, decides as single
 // launches do, and every replay has its own ticks.
-TEST_F(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
+TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   constexpr Shape kShape{6, 32, 4, 40};
   constexpr int kNumTokens = 40;
-  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1};
+  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1, .policy = GetParam()};
   DevicePlanner replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   DevicePlanner launched(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   std::vector<DeviceIds> ids(kShape.num_layers);
@@ -192,6 +192,7 @@ TEST_F(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
       planner.PlanLayer(layer, routed[static_cast<size_t>(layer)],
                         reinterpret_cast<LayerPlan*>(plan.data()), nullptr, MissFetch::kSameStream,
                         stream.get());
+      planner.Learn(layer, stream.get());
     }
   };
   std::mt19937_64 random(1);
@@ -233,6 +234,10 @@ TEST_F(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
     next_ids();
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Policies, PlannerKernelGraphTest,
+                         testing::Values(PolicyKind::kDecayedFrequency,
+                                         PolicyKind::kPredictedNeed));
 
 }  // namespace
 }  // namespace expertflow

@@ -78,9 +78,9 @@ void NeedModel::Learn(int32_t layer, int64_t number) {
     const int32_t label = Label(static_cast<int32_t>(later - past), state_.window);
     for (const int32_t e : Routed(layer, later)) labels_[static_cast<size_t>(e)] = label;
   }
-  const int16_t* probability = state_.Probabilities(layer, past);
+  const int16_t* foreseen = state_.Foreseen(layer, past);
   for (size_t e = 0; e < gradient_.size(); ++e) {
-    gradient_[e] = Gradient(labels_[e], probability[e]);
+    gradient_[e] = Gradient(labels_[e], state_.sigmoid[foreseen[e]]);
   }
   for (int16_t* row : InputRows(layer, past)) StepRow(row, gradient_.data(), state_.width);
 }
@@ -97,12 +97,12 @@ void NeedModel::ScoreAll(int32_t layer, int64_t number) {
   }
   const auto num_inputs = static_cast<int32_t>(rows.size());
   const int16_t* frequency = state_.frequency + static_cast<ptrdiff_t>(layer) * state_.width;
-  int16_t* probability = state_.Probabilities(layer, number);
+  int16_t* foreseen = state_.Foreseen(layer, number);
   int32_t* score = state_.scores + static_cast<ptrdiff_t>(layer) * state_.num_experts;
   for (int32_t e = 0; e < state_.num_experts; ++e) {
     const int32_t logit =
         Logit(logits_[static_cast<size_t>(e)], num_inputs, state_.top_k, frequency[e]);
-    probability[e] = Probability(state_.sigmoid, logit);
+    foreseen[e] = SigmoidIndex(logit);
     score[e] = Score(logit, score[e]);
   }
 }

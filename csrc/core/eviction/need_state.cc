@@ -33,7 +33,7 @@ NeedArrays::NeedArrays(int32_t num_layers, int32_t num_experts, int32_t top_k, i
   num_steps_.resize(layers);
   steps_.resize(rings);
   routed_.resize(rings * experts);
-  probabilities_.resize(rings * width);
+  foreseen_.resize(rings * width);
   scores_.resize(layers * experts);
   for (int32_t i = 0; i < std::ssize(sigmoid_); ++i) {
     const double logit = std::ldexp(i - NeedRules::kSigmoidHalf + 0.5,
@@ -52,7 +52,7 @@ NeedArrays::NeedArrays(int32_t num_layers, int32_t num_experts, int32_t top_k, i
             num_steps_.data(),
             steps_.data(),
             routed_.data(),
-            probabilities_.data(),
+            foreseen_.data(),
             scores_.data(),
             sigmoid_.data()};
 }

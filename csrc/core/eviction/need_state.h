@@ -33,7 +33,8 @@ struct NeedRules {
     return static_cast<int16_t>(frequency - (frequency >> kFrequencyShift));
   }
 
-  // The need, 15 fraction bits, of an expert whose next use comes `distance` tokens later.
+  // The need, 15 fraction bits as probabilities have, of an expert whose next use comes `distance`
+  // tokens later.
   EXPERTFLOW_HD static int32_t Label(int32_t distance, int32_t window) {
     return (window - distance + 1) * kOneQ15 / window;
   }
@@ -59,10 +60,11 @@ struct NeedRules {
     return sum_of_weights + 2 * frequency;
   }
 
-  EXPERTFLOW_HD static int16_t Probability(const int16_t* sigmoid, int32_t logit) {
+  // Where the sigmoid's table has the probability: looked up when it is learned from.
+  EXPERTFLOW_HD static int16_t SigmoidIndex(int32_t logit) {
     const int32_t i = (logit >> kLogitStepBits) + kSigmoidHalf;
     constexpr int32_t kLast = 2 * kSigmoidHalf - 1;
-    return sigmoid[i < 0 ? 0 : i > kLast ? kLast : i];
+    return static_cast<int16_t>(i < 0 ? 0 : i > kLast ? kLast : i);
   }
 
   EXPERTFLOW_HD static int32_t Score(int32_t logit, int32_t score) {
@@ -93,7 +95,7 @@ struct NeedState {
   int64_t* num_steps;      // [layer]
   NeedStep* steps;         // [layer][ring]
   int32_t* routed;         // [layer][ring][num_experts]
-  int16_t* probabilities;  // [layer][ring][width] 15 fraction bits
+  int16_t* foreseen;       // [layer][ring][width] SigmoidIndex of the logits
   int32_t* scores;         // [layer][num_experts]
   const int16_t* sigmoid;  // [2 * kSigmoidHalf]
 
@@ -118,8 +120,8 @@ struct NeedState {
     return routed + StepIndex(layer, number) * num_experts;
   }
 
-  EXPERTFLOW_HD int16_t* Probabilities(int32_t layer, int64_t number) const {
-    return probabilities + StepIndex(layer, number) * width;
+  EXPERTFLOW_HD int16_t* Foreseen(int32_t layer, int64_t number) const {
+    return foreseen + StepIndex(layer, number) * width;
   }
 
   // Which row of the weights is about `routed` in `source` of `layer`.
@@ -170,7 +172,7 @@ class NeedArrays {
     each(state.num_steps, layers);
     each(state.steps, rings);
     each(state.routed, rings * experts);
-    each(state.probabilities, rings * width);
+    each(state.foreseen, rings * width);
     each(state.scores, layers * experts);
     each(state.sigmoid, size_t{2 * NeedRules::kSigmoidHalf});
   }
@@ -181,7 +183,7 @@ class NeedArrays {
   std::vector<int64_t> num_steps_;
   std::vector<NeedStep> steps_;
   std::vector<int32_t> routed_;
-  std::vector<int16_t> probabilities_;
+  std::vector<int16_t> foreseen_;
   std::vector<int32_t> scores_;
   std::array<int16_t, size_t{2 * NeedRules::kSigmoidHalf}> sigmoid_;
   NeedState state_;

@@ -11,6 +11,7 @@
 #include "core/layer_plan.h"
 #include "core/own_slots.h"
 #include "core/plan_phase.h"
+#include "core/plan_rows.h"
 #include "core/planning.h"
 #include "core/slot_table.h"
 
@@ -22,8 +23,9 @@
 // that the block wrote before, and Mark(phase), which says that a phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
-// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys, and four
-// barriers. Whether a routed expert is resident is seen by the thread that has its slot
+// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys, and five
+// barriers. A policy that learns takes one more round trip and three barriers. Whether a routed
+// expert is resident is seen by the thread that has its slot
 // (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
 // expert to its slot. Rows that are resident and rows that are missing are finished by different
 // warps, at the same time.
@@ -32,12 +34,8 @@ namespace expertflow {
 
 // Lies in the shared memory of the block.
 struct BlockPlannerShared {
-  // For a place in the routed ids, where no slot has its expert.
-  static constexpr int32_t kMissing = -1;
-  static constexpr int32_t kRepeated = -2;  // was there before, and is no row
-
   BlockSelection selection;
-  int32_t residence[kMaxRoutedIds];  // by place: 2 * slot + (1 in flight), or one of the above
+  int32_t residence[kMaxRoutedIds];  // by place in the routed ids, see Residence
   struct MissingRow {
     int64_t key;
     int32_t expert;
@@ -85,7 +83,7 @@ class BlockPlanner {
     block_.WaitForCopies();
     block_.Sync();
     block_.Mark(PlanPhase::kRanked);
-    CountRows();
+    CountRows(block_, shared_.residence, request_.ids.count, rows_);
     block_.Mark(PlanPhase::kCounted);
     const LayerPlanStatus status = TakeSlots(own, least);
     block_.Mark(PlanPhase::kSelected);
@@ -100,21 +98,13 @@ class BlockPlanner {
     EXPERTFLOW_DEVICE explicit NoModel(Anything&&...) {}
   };
   using Slots = OwnSlots<Policy, Block>;
-  using Shared = BlockPlannerShared;
-
-  struct RowCounts {
-    int32_t hits = 0;
-    int32_t loading = 0;
-    int32_t misses = 0;
-  };
-
   // Reads nothing that an earlier kernel writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e <= planning_.table.num_experts; e += block_.num_threads()) {
       first_of_expert_[e] = Slots::kNotRouted;
     }
-    if (has_id_) shared_.residence[thread_] = Shared::kMissing;
+    if (has_id_) shared_.residence[thread_] = Residence::kMissing;
     if (thread_ < kMaxBlockWarps) shared_.selection.warp_least[thread_] = kNoOrder;
     if (thread_ == 0) {
       shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
@@ -186,47 +176,22 @@ class BlockPlanner {
   }
 
   EXPERTFLOW_DEVICE uint32_t RankSlots(Slots& own) {
-    if (has_id_ && !IsRow()) shared_.residence[thread_] = Shared::kRepeated;
+    if (has_id_ && !IsRow()) shared_.residence[thread_] = Residence::kRepeated;
     const uint32_t least = own.RankAll(now_, [this](int32_t place, SlotId slot, bool in_flight) {
-      shared_.residence[place] = 2 * Index(slot) + (in_flight ? 1 : 0);
+      shared_.residence[place] = Residence::Of(slot, in_flight);
     });
     ShareLeast(block_, shared_.selection, least);
     return least;
   }
 
-  // Every warp for itself: cheaper than one warp and another barrier. A thread with an id learns
-  // how many rows of its state come before.
-  EXPERTFLOW_DEVICE void CountRows() {
-    constexpr int32_t kWarpSize = Block::kWarpSize;
-    const int32_t lane = thread_ % kWarpSize;
-    const uint32_t lower_lanes = (uint32_t{1} << lane) - 1;
-    EXPERTFLOW_NO_UNROLL
-    for (int32_t first = 0; first < request_.ids.count; first += kWarpSize) {
-      const int32_t place = first + lane;
-      const int32_t residence =
-          place < request_.ids.count ? shared_.residence[place] : Shared::kRepeated;
-      const bool is_loading = residence >= 0 && residence % 2 == 1;
-      const uint32_t hits = block_.Ballot(residence >= 0 && !is_loading);
-      const uint32_t loading = block_.Ballot(is_loading);
-      const uint32_t misses = block_.Ballot(residence == Shared::kMissing);
-      if (place == thread_) {
-        residence_ = residence;
-        before_ = {total_.hits + CountBits(hits & lower_lanes),
-                   total_.loading + CountBits(loading & lower_lanes),
-                   total_.misses + CountBits(misses & lower_lanes)};
-      }
-      total_.hits += CountBits(hits);
-      total_.loading += CountBits(loading);
-      total_.misses += CountBits(misses);
-    }
-  }
-
   EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
     if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
-    if (total_.misses == 0) return LayerPlanStatus::kPlanned;
-    if (residence_ == Shared::kMissing) shared_.missing[before_.misses] = {key_, expert_};
-    const int32_t num_found = SelectSmallest(block_, shared_.selection, own, least, total_.misses);
-    return num_found < total_.misses ? LayerPlanStatus::kNeedsWaves : LayerPlanStatus::kPlanned;
+    if (rows_.total.misses == 0) return LayerPlanStatus::kPlanned;
+    if (rows_.own == Residence::kMissing) shared_.missing[rows_.before.misses] = {key_, expert_};
+    const int32_t num_found =
+        SelectSmallest(block_, shared_.selection, own, least, rows_.total.misses);
+    return num_found < rows_.total.misses ? LayerPlanStatus::kNeedsWaves
+                                          : LayerPlanStatus::kPlanned;
   }
 
   // Hits, then late hits, then misses, each in order of first appearance.
@@ -234,27 +199,28 @@ class BlockPlanner {
     const bool planned = status == LayerPlanStatus::kPlanned;
     const int32_t miss = block_.num_threads() - 1 - thread_;  // from the last warp on
     const PlanRow resident = ResidentRow();
-    const PlanRow missing = planned && miss < total_.misses ? MissingRow(miss) : PlanRow{};
-    if (planned && residence_ >= 0) {
+    const PlanRow missing = planned && miss < rows_.total.misses ? MissingRow(miss) : PlanRow{};
+    if (planned && rows_.own >= 0) {
       const bool hit = resident.state == RowState::kHit;
-      WriteRow(hit ? before_.hits : total_.hits + before_.loading, resident);
+      WriteRow(hit ? rows_.before.hits : rows_.total.hits + rows_.before.loading, resident);
     }
-    if (planned && miss < total_.misses) WriteRow(total_.hits + total_.loading + miss, missing);
+    if (planned && miss < rows_.total.misses)
+      WriteRow(rows_.total.hits + rows_.total.loading + miss, missing);
     WriteHeaders(status);
     if constexpr (kLearns) RecordNeeds(status);
     if (!planned) return;
     if constexpr (std::is_same_v<Policy, OnDemand>) DropAllReady();
-    if (residence_ >= 0) {
+    if (rows_.own >= 0) {
       RecordUse(planning_, resident.slot, ToIndex(resident.expert), KeyOnUse(key_), now_,
                 /*streaming=*/false);
     }
-    if (miss < total_.misses) PlaceMissing(missing, shared_.missing[miss].key);
+    if (miss < rows_.total.misses) PlaceMissing(missing, shared_.missing[miss].key);
     if (thread_ == Bookkeeper()) Count();
   }
 
   EXPERTFLOW_DEVICE PlanRow ResidentRow() const {
-    const RowState state = residence_ % 2 == 0 ? RowState::kHit : RowState::kLoading;
-    return {expert_, static_cast<SlotId>(residence_ / 2), state, 0, kNoRow};
+    const RowState state = Residence::InFlight(rows_.own) ? RowState::kLoading : RowState::kHit;
+    return {expert_, Residence::Slot(rows_.own), state, 0, kNoRow};
   }
 
   EXPERTFLOW_DEVICE PlanRow MissingRow(int32_t miss) const {
@@ -287,9 +253,9 @@ class BlockPlanner {
     plan.tick = now_;
     plan.status = status;
     plan.layer = request_.layer;
-    plan.num_rows = planned ? total_.hits + total_.loading + total_.misses : 0;
-    plan.num_hits = planned ? total_.hits : 0;
-    plan.num_loading = planned ? total_.loading : 0;
+    plan.num_rows = planned ? rows_.total.rows() : 0;
+    plan.num_hits = planned ? rows_.total.hits : 0;
+    plan.num_loading = planned ? rows_.total.loading : 0;
   }
 
   EXPERTFLOW_DEVICE void DropAllReady() {
@@ -310,9 +276,9 @@ class BlockPlanner {
   EXPERTFLOW_DEVICE void Count() {
     request_.clock->now = now_;
     LayerStatistics& counts = planning_.statistics[request_.layer];
-    Adder()(counts.hits, int64_t{total_.hits});
-    Adder()(counts.late_hits, int64_t{total_.loading});
-    Adder()(counts.misses, int64_t{total_.misses});
+    Adder()(counts.hits, int64_t{rows_.total.hits});
+    Adder()(counts.late_hits, int64_t{rows_.total.loading});
+    Adder()(counts.misses, int64_t{rows_.total.misses});
   }
 
   EXPERTFLOW_DEVICE int64_t KeyOnUse(int64_t key) const {
@@ -344,10 +310,7 @@ class BlockPlanner {
   bool has_id_ = false;
   int32_t expert_ = -1;
   int64_t key_ = 0;  // before this plan
-  int32_t residence_ = BlockPlannerShared::kRepeated;
-  RowCounts before_;
-  // Of the plan.
-  RowCounts total_;
+  CountedRows rows_;
   bool has_observed_ = false;  // by the need model
 };
 

@@ -37,6 +37,7 @@ class OwnSlots {
     const int32_t stretch = block.thread() / Block::kWarpSize * per_warp;
     stretch_end_ = stretch + per_warp;
     offset_ = stretch + block.thread() % Block::kWarpSize;
+    spare_ = Exists(range_.begin, 0) ? SlotOf(range_.begin, 0) : range_.begin;
   }
 
   // The layer's experts have new `scores` [num_experts], in shared memory (PredictedNeed).
@@ -94,7 +95,7 @@ class OwnSlots {
     const SlotTableView& table = planning_.table;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kPerTile; ++k) {
-      const int32_t at = Exists(first, k) ? SlotOf(first, k) : range_.begin;
+      const int32_t at = Exists(first, k) ? SlotOf(first, k) : spare_;
       use_[k] = UseOf(table, at);
       expert_[k] = table.slot_expert[at];
       state_[k] = table.slot_state[at];
@@ -142,6 +143,8 @@ class OwnSlots {
   int32_t tile_size_;
   int32_t stretch_end_;  // of the warp's slots in a tile
   int32_t offset_;       // of the thread's first slot in a tile
+  int32_t spare_;        // read where no slot exists; the thread's own if there are several tiles,
+                         // since others write to theirs meanwhile
   Tick now_ = 0;
   int64_t origin_ = 0;
   SlotUse use_[kPerTile];

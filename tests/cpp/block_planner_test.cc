@@ -14,6 +14,7 @@
 
 #include "host_block.h"
 #include "paired_planners.h"
+#include "recorded_routing.h"
 
 namespace expertflow {
 namespace {
@@ -119,6 +120,11 @@ TEST_P(BlockPlannerTest, DecidesAsTheHostPlannerDoes) {
 TEST_P(BlockPlannerTest, DecidesAlikeOnSkewedRouting) {
   const auto [policy, scope] = GetParam();
   PairedPlanners<CpuBlockPlanner>(Shape{3, 32, 4, 30}, policy, scope).RunSkewed(25);
+}
+
+TEST_P(BlockPlannerTest, DecidesAlikeOnRecordedRouting) {
+  const auto [policy, scope] = GetParam();
+  ExpectEqualOnRecordedRouting<CpuBlockPlanner>(policy, scope, /*num_tokens=*/20);
 }
 
 TEST(BlockPlannerRefusalTest, IdsThatTheLayerLacksChangeNothing) {

@@ -22,6 +22,7 @@
 #include "cuda/stream.h"
 #include "cuda_test.h"
 #include "paired_planners.h"
+#include "recorded_routing.h"
 
 namespace expertflow {
 namespace {
@@ -131,6 +132,11 @@ TEST_P(PlannerKernelTest, DecidesAlikeOnTablesOfManySlots) {
   const auto [policy, scope] = GetParam();
   PairedPlanners<GpuPlanner>(Shape{12, 512, 10, 5000}, policy, scope).RunSkewed(30);
   PairedPlanners<GpuPlanner>(Shape{3, 256, 8, 700}, policy, scope).RunRandom(60);
+}
+
+TEST_P(PlannerKernelTest, DecidesAlikeOnRecordedRouting) {
+  const auto [policy, scope] = GetParam();
+  ExpectEqualOnRecordedRouting<GpuPlanner>(policy, scope, /*num_tokens=*/200);
 }
 
 INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelTest, AllPoliciesAndScopes(),

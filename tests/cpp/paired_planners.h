@@ -159,6 +159,17 @@ class PairedPlanners {
     }
   }
 
+  // `ids` [tokens, layers, top_k], layer by layer and token by token.
+  void RunRecorded(const std::vector<int64_t>& ids, int64_t num_tokens) {
+    auto next = ids.begin();
+    for (int64_t plan = 0; plan < num_tokens * shape_.num_layers; ++plan, next += shape_.top_k) {
+      if (testing::Test::HasFailure()) return;
+      SCOPED_TRACE("plan " + std::to_string(plan));
+      const auto layer = static_cast<int32_t>(plan % shape_.num_layers);
+      ASSERT_NE(PlanBoth(layer, {next, next + shape_.top_k}, MissFetch::kSameStream), nullptr);
+    }
+  }
+
   const LayerStatistics& statistics(int32_t layer) { return planner_.statistics(layer); }
 
  private:

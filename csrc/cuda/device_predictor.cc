@@ -175,6 +175,8 @@ DevicePredictor::DevicePredictor(const Predictor& host, const Options& options)
   }
 }
 
+DevicePredictor::~DevicePredictor() = default;  // freeing its memory waits for what uses it
+
 void DevicePredictor::CopyRouters(const RouterWeights& routers) {
   const std::vector<std::byte> weights = Convert(routers.weights, launch_.router_dtype);
   CopyBytes(const_cast<void*>(view_.routers), weights.data(), weights.size());

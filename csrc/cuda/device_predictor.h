@@ -52,6 +52,9 @@ class DevicePredictor {
   // where that loses nothing. Throws std::invalid_argument for a hidden size that is no multiple of
   // 8, more than 256 experts or 8 distances; OutOfDeviceMemory; CudaError.
   DevicePredictor(const Predictor& host, const Options& options);
+  ~DevicePredictor();
+  DevicePredictor(const DevicePredictor&) = delete;
+  DevicePredictor& operator=(const DevicePredictor&) = delete;
 
   // Learning of the pass before is done before what is enqueued on `stream` from now on.
   void BeginPass(cudaStream_t stream);

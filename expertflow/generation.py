@@ -52,6 +52,8 @@ class Generation:
             "demand_bytes": self.statistics["demand_bytes"],
             "prefetch_bytes": self.statistics["prefetch_bytes"],
             "wasted_prefetch_bytes": self.statistics["wasted_prefetch_bytes"],
+            "prefetch_hits": self.statistics["prefetch_hits"],
+            "horizon": self.statistics["horizon"],
             "expert_cache_bytes": self.expert_cache_bytes,
             "expert_pool_bytes": self.expert_pool_bytes,
             "policy": self.policy,

@@ -110,12 +110,20 @@ def test_bits_do_not_depend_on_prefetches(aligned_checkpoint, family):
     assert cache.statistics()["prefetch_bytes"] > 0
 
 
-def test_bits_do_not_depend_on_the_predictor(aligned_checkpoint):
+@pytest.mark.parametrize("prefetch", ["auto", 1, 2])
+def test_bits_do_not_depend_on_the_predictor(aligned_checkpoint, prefetch):
     path = aligned_checkpoint("qwen3_moe")
     expected = outputs(load(path, torch.bfloat16))
-    model = use(load(path, torch.bfloat16, prefetch="auto"), CacheOptions("50%"))
+    model = use(load(path, torch.bfloat16, prefetch=prefetch), CacheOptions("50%"))
     assert same_bits(outputs(model), expected)
-    assert model.expert_cache.statistics()["prefetch_bytes"] > 0
+    statistics = model.expert_cache.statistics()
+    assert statistics["horizon"] == model.expert_cache.horizon
+    if prefetch == "auto":
+        assert model.expert_cache.bandwidth_bytes_per_second > 0
+        assert 1 <= statistics["horizon"] <= 8
+    else:
+        assert statistics["horizon"] == prefetch
+        assert statistics["prefetch_bytes"] > 0
 
 
 @pytest.mark.parametrize("pin_memory", [True, False, None])

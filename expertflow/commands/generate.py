@@ -49,6 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         pool=options.pool,
         device=device,
         ram_limit=options.ram_limit,
+        prefetch=options.prefetch,
         progress=sys.stderr.isatty(),
     )
     sampling: dict[str, Any] = {

@@ -161,6 +161,7 @@ def simulate(
     bytes_per_second: float,
     latency_ns: int,
     chunk_bytes: int,
+    demand_chunk_bytes: int,
     layer_time_ns: int,
     expert_share: float,
     warmup_tokens: int,

@@ -47,7 +47,8 @@ Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)
       config_(config),
       table_(trace.num_layers, trace.num_experts, config.num_slots),
       planner_(table_, MakePlannerConfig(trace, config)),
-      transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes, config.link),
+      transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes,
+                 config.demand_chunk_bytes, config.link),
       prefetcher_(table_.view(), planner_, transfers_.queue(), MakePlannerConfig(trace, config)),
       predictor_(MakePredictor(config.predictor, trace)) {
   CheckTrace(trace);

@@ -35,9 +35,10 @@ struct SimulatorConfig {
   int32_t horizon = kAutoHorizon;  // or that many layers, the top-k predictions of each
   LinkProfile link;
   size_t chunk_bytes = size_t{1} << 20;
-  int64_t layer_time_ns = 0;  // compute of one layer
-  double expert_share = 0.5;  // of the layer time: the routed experts, after the router
-  int64_t warmup_tokens = 0;  // left out of the results
+  size_t demand_chunk_bytes = 0;  // as for TransferQueue
+  int64_t layer_time_ns = 0;      // compute of one layer
+  double expert_share = 0.5;      // of the layer time: the routed experts, after the router
+  int64_t warmup_tokens = 0;      // left out of the results
 };
 
 struct SimulationResult {

@@ -161,8 +161,7 @@ void ExpertMlp::UseKernelsOf() {
               reinterpret_cast<const void*>(&mlp::RowKernel<Scalar, kTokens, kGateUp>),
               reinterpret_cast<const void*>(&mlp::RowKernel<Scalar, kTokens, kDown>)};
     }
-    return {kTokens,
-            mlp::kRingBytes + sizeof(mlp::WarpSums<Scalar, kTokens>) + mlp::kInputCacheBytes,
+    return {kTokens, mlp::kRingBytes + sizeof(mlp::WarpSums<Scalar, kTokens>),
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kGateUp>),
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kDown>)};
   };

@@ -99,8 +99,7 @@ TEST_F(CacheControlPrefetchTest, PostsWhatIsWorthItNearerLayersFirst) {
   MakeControl(Options(24));
   ASSERT_EQ(RunTokens(1), 2);  // layer 5 was planned: layers 0 and 1 of the next token follow
   // The price is about 2, so 2/3 is the border; of a third expert only half fits before its layer.
-  const auto posted =
-      Prefetch({{{4, 0.6F}, {5, 0.9F}}, {{2, 0.7F}, {6, 0.95F}}, {{7, 1.0F}}});
+  const auto posted = Prefetch({{{4, 0.6F}, {5, 0.9F}}, {{2, 0.7F}, {6, 0.95F}}, {{7, 1.0F}}});
   EXPECT_THAT(posted, ElementsAre(ExpertId{0, 5}, ExpertId{1, 6}));
   RunLayer(0, {0, 5});
   RunLayer(1, {0, 1});

@@ -41,19 +41,15 @@ class WeightStream {
     StartUnit();
   }
 
-  // Waits for the kernel before; what it wrote may be read afterwards. The gate-up kernel reads
-  // nothing until then: kernels before it may have written the slots. The next kernel may start
-  // from here on, not earlier, and so it finds ended all but this one: the down kernel loads its
-  // first weights at once.
-  template <Stage kStage>
+  // Loads the first weights, then waits for the kernel before, whose results may be read afterwards.
+  // The next kernel may start from here on, not earlier, and so it finds ended all but this one.
   __device__ void Start() {
-    if constexpr (kStage == Stage::kDown) FillRing();
+    for (int i = 0; i < kDepth; ++i) StartStep();
     WaitForPrerequisites();
     LetDependentsStart();
-    if constexpr (kStage == Stage::kGateUp) FillRing();
   }
 
-  // The next step's weights; a chunk that the layout says is not there has no defined value.
+  // The next step's weights; what the layout says is not there has no defined value.
   __device__ WeightPair Take() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
     const uint4* slot = ring_ + slot_ * kSlotChunks;
@@ -64,10 +60,6 @@ class WeightStream {
 
  private:
   static constexpr int kSlotChunks = 2 * kThreads;
-
-  __device__ void FillRing() {
-    for (int i = 0; i < kDepth; ++i) StartStep();
-  }
 
   __device__ void StartUnit() {
     step_ = 0;
@@ -83,8 +75,10 @@ class WeightStream {
   __device__ void StartStep() {
     if (unit_ < num_units_) {
       uint4* slot = ring_ + slot_ * kSlotChunks;
-      if (layout_.HasFirst(step_)) Copy(slot, next_);
-      if (layout_.HasSecond(step_)) Copy(slot + kThreads, next_ + layout_.second_bytes());
+      if (layout_.Has(step_)) {
+        Copy(slot, next_);
+        Copy(slot + kThreads, next_ + layout_.second_bytes());
+      }
       next_ += layout_.step_bytes();
       if (++step_ == layout_.num_steps()) {
         unit_ += unit_stride_;

@@ -1,4 +1,4 @@
-"""The predictor in the memory of a CUDA device, for passes of one token."""
+"""The predictor in the memory of a CUDA device, one row a pass."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class DevicePredictor:
         self._core.join_learning(self._stream())
 
     def observe(self, layer: int, hidden_states: Tensor) -> None:
-        """Foresee from the router input of `layer`, of one row."""
+        """Foresee from one row of the router input of `layer`."""
         row = hidden_states.detach().reshape(-1)
         dtype = _DTYPES.get(row.dtype)
         if dtype is None or row.data_ptr() % 16:

@@ -69,7 +69,8 @@ class ExpertPredictor:
         self._router_norms = np.linalg.norm(routers.weights, axis=-1)  # tells models apart
         self.max_distance = max_distance
         self.num_token_buckets = num_token_buckets
-        self._on_device: DevicePredictor | None = None  # for passes of one token on a GPU
+        # On a GPU a pass of one sequence is seen by its last row: a prompt needs no foresight.
+        self._on_device: DevicePredictor | None = None
         self._is_on_device = False  # the pass, and with it what was learned last
         self._is_refused = False  # by the device: the host does it all
         self._begun_layer: int | None = None
@@ -112,23 +113,30 @@ class ExpertPredictor:
             `max_distance` layers, its own maximum, and those that are left.
         """
         if self._begun_layer != layer:
-            self._enter(layer, hidden_states)
+            self.begin_layer(layer, hidden_states)
         self._begun_layer = None
+        if not self._is_on_device:
+            states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
+            self._core.observe(layer, states.float().cpu().numpy())
+            self._core.predict(layer)  # also for no distance: it learns from what it foresaw
         needs = np.empty((min(max_distance, self.num_distances), self.num_experts), np.float32)
         for row, need in enumerate(needs):
             need[:] = self.need(row + 1)
         return needs
 
     def begin_layer(self, layer: int, hidden_states: Tensor) -> None:
-        """Have the GPU start on what `foresee` of this layer is about to tell.
+        """Have a GPU start on what `foresee` of this layer is about to tell.
 
         Called before the host waits for the layer's expert ids, so that it need not wait for the
-        needs as well. Does nothing where the host foresees.
+        needs as well. A host that foresees itself computes only when it is asked.
         """
-        self._begun_layer = None
-        if self._find_device(hidden_states) is not None:
-            self._enter(layer, hidden_states)
-            self._begun_layer = layer
+        num_rows = hidden_states.shape[0]
+        if layer <= self._last_layer or num_rows != self._shape[0] * self._shape[1]:
+            self._begin_pass(hidden_states)
+        self._last_layer = self._begun_layer = layer
+        if self._is_on_device:
+            assert self._on_device is not None
+            self._on_device.observe(layer, hidden_states[-1])
 
     def learn(self, layer: int) -> None:
         """Learn from how `layer`, which was given to `foresee` last, routes."""
@@ -248,23 +256,9 @@ class ExpertPredictor:
         assert self._on_device is not None
         return self._on_device
 
-    def _enter(self, layer: int, hidden_states: Tensor) -> None:
-        """Observe `layer`, in a new pass if it does not belong to the last one."""
-        num_rows = hidden_states.shape[0]
-        if layer <= self._last_layer or num_rows != self._shape[0] * self._shape[1]:
-            self._begin_pass(hidden_states)
-        self._last_layer = layer
-        if self._is_on_device:
-            assert self._on_device is not None
-            self._on_device.observe(layer, hidden_states)
-            return
-        states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
-        self._core.observe(layer, states.float().cpu().numpy())
-        self._core.predict(layer)  # also for no distance: it learns from what it foresaw
-
     def _find_device(self, hidden_states: Tensor) -> DevicePredictor | None:
-        """The predictor on the device of a pass of one token, made when it is first needed."""
-        if not hidden_states.is_cuda or hidden_states.shape[0] != 1 or self._is_refused:
+        """The predictor on a GPU that computes `hidden_states`, made when it is first needed."""
+        if not hidden_states.is_cuda or self._is_refused:
             return None
         if self._on_device is None:
             self._on_device = DevicePredictor.if_possible(self._core, hidden_states.device)
@@ -286,13 +280,14 @@ class ExpertPredictor:
         token_ids, self._token_ids = self._token_ids, None
         if token_ids is not None and (token_ids.dim() != 2 or token_ids.numel() != num_rows):
             token_ids = None  # not of this pass
-        device = self._find_device(hidden_states)
+        is_batch = token_ids is not None and token_ids.shape[0] > 1
+        device = None if is_batch else self._find_device(hidden_states)
         if device is not None:
             if not self._is_on_device:
                 device.copy_from(self._core)
                 self._is_on_device = True
-            self._shape, self._rows_kept = (1, 1), 1
-            device.begin_pass(token_ids)
+            self._shape = (1, num_rows)
+            device.begin_pass(None if token_ids is None else token_ids[0, -1])
             return
         self._move_to_host()
         if token_ids is not None and bool((token_ids < 0).any()):

@@ -101,7 +101,7 @@ def test_sizes_that_the_kernels_do_not_take_stay_on_the_host():
 
 def run_pass(predictor, states, token_ids, device):
     """A pass over [rows, layers, hidden] of one sequence: what each layer foresaw."""
-    predictor.note_tokens(torch.tensor([token_ids], device=device))
+    predictor.note_tokens(torch.tensor(token_ids, device=device))
     needs = []
     for layer in range(states.shape[1]):
         hidden = torch.from_numpy(states[:, layer]).to(device)
@@ -112,21 +112,24 @@ def run_pass(predictor, states, token_ids, device):
 
 
 def test_a_models_predictor_moves_between_host_and_device(tmp_path):
-    """Prompts are foreseen on the host, single tokens on the device: the same learned state."""
+    """Batches are foreseen on the host, a single sequence on the device, by its last row."""
     routers = random_routers(RULES["softmax in groups"], hidden=HIDDEN)
     ours, host = (ExpertPredictor(routers, max_distance=3, num_token_buckets=5) for _ in range(2))
     stream = residual_stream(60, hidden=HIDDEN)
     start = 0
-    for rows in (7, 1, 4, 1, 1, *[2] * 10, 1, 1):
-        run_pass(ours, stream[start : start + rows], list(range(start, start + rows)), CUDA)
-        assert ours._is_on_device == (rows == 1)
+    for rows, is_batch in [(7, False), (1, False), (4, True), (1, False), *[(2, True)] * 10]:
+        ids = list(range(start, start + rows))
+        token_ids = [[i] for i in ids] if is_batch else [ids]
+        run_pass(ours, stream[start : start + rows], token_ids, CUDA)
+        assert ours._is_on_device != is_batch
         start += rows
     ours.save(tmp_path / "learned.safetensors")
-    assert ours._core.state["token_counts"].sum() == start * stream.shape[1]
+    assert ours._core.state["token_counts"].sum() == (3 + 4 + 20) * stream.shape[1]
     for predictor in (ours, host):
         predictor.load(tmp_path / "learned.safetensors")
-    foreseen = run_pass(ours, stream[50:51], [50], CUDA)
+    foreseen = run_pass(ours, stream[50:51], [[50]], CUDA)
     assert ours._is_on_device
-    for found, expected in zip(foreseen, run_pass(host, stream[50:51], [50], "cpu"), strict=True):
+    expected_needs = run_pass(host, stream[50:51], [[50]], "cpu")
+    for found, expected in zip(foreseen, expected_needs, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4)
         assert found.any() or not found.size

@@ -1,8 +1,9 @@
 // The predictor on the GPU: one token, launch by launch, in a graph; the time of a launch is the
 // graph's over its launches, launch gaps included. "Predict" and "Learn" walk through the layers of
-// a model whose weights are many times the L2 cache, as in decoding, "..InCache" repeats one layer,
-// and "Pass" has both for each layer, learning on its own stream. Bytes are the weights and routers
-// read, and for Learn also the weights written.
+// a model whose weights are many times the L2 cache (but docs-moe's), as in decoding, "..InCache"
+// repeats one layer, "PredictToHost" also writes the needs to the host, and "Pass" has both for
+// each layer, learning on its own stream. Bytes are the weights and routers read, and for Learn
+// also the weights written.
 //
 // Beside them: the rate of a kernel that only reads memory, at 4 GiB a launch (the rate that % is
 // of) and at the bytes of a prediction a launch; and what enqueueing costs the host.
@@ -45,7 +46,7 @@ struct Shape {
 constexpr Shape kShapes[] = {
     {"Qwen3-30B-A3B", 48, 2048, 128, 8, 4},   {"Qwen3-30B-A3B", 48, 2048, 128, 8, 8},
     {"DeepSeek-V2-Lite", 26, 2048, 64, 6, 4}, {"gpt-oss-20b", 24, 2880, 32, 4, 4},
-    {"docs-moe-12x32", 12, 256, 32, 4, 8},
+    {"docs-moe-12x32", 12, 256, 32, 4, 8},    {"DeepSeek-V3, 12 layers", 12, 7168, 256, 8, 4},
 };
 
 double Quantile(std::vector<double> values, double quantile) {
@@ -112,7 +113,7 @@ RouterWeights MakeRouters(const Shape& shape, bool in_16_bits) {
 // A predictor, and one token that all layers see.
 class Model {
  public:
-  explicit Model(const benchmark::State& state)
+  explicit Model(const benchmark::State& state, bool publishes_need = false)
       : shape_(kShapes[state.range(0)]), router_bytes_(state.range(1) == 16 ? 2 : 4) {
     const Predictor host({.num_layers = shape_.num_layers,
                           .hidden = shape_.hidden,
@@ -122,7 +123,8 @@ class Model {
                          MakeRouters(shape_, state.range(1) == 16));
     num_features_ = host.state().num_features;
     predictor_ = std::make_unique<DevicePredictor>(
-        host, DevicePredictor::Options{.list_size = shape_.top_k});
+        host,
+        DevicePredictor::Options{.list_size = shape_.top_k, .publishes_need = publishes_need});
     hidden_ = DeviceMemory(static_cast<size_t>(shape_.hidden) * 2, "the benchmark");
     LaunchFillRandom(hidden_.data(), hidden_.num_bytes(), 1.0F, nullptr);
     token_ = DeviceMemory(sizeof(int64_t), "the benchmark");
@@ -188,13 +190,17 @@ std::vector<int32_t> Layers(int32_t first, int32_t last) {
   return layers;
 }
 
-void Predict(benchmark::State& state) {
-  Model model(state);
+void MeasurePredict(benchmark::State& state, bool publishes_need) {
+  Model model(state, publishes_need);
   const Shape& shape = model.shape();
   MeasureLayers(state, model, Layers(0, shape.num_layers - shape.max_distance),
                 model.predict_bytes(),
                 [&](int32_t layer, cudaStream_t stream) { model.Observe(layer, stream); });
 }
+
+void Predict(benchmark::State& state) { MeasurePredict(state, false); }
+
+void PredictToHost(benchmark::State& state) { MeasurePredict(state, true); }
 
 void PredictInCache(benchmark::State& state) {
   Model model(state);
@@ -231,7 +237,7 @@ void Pass(benchmark::State& state) {
 // Host time of an Observe and a Learn that are not captured.
 void EnqueueOnHost(benchmark::State& state) {
   using Clock = std::chrono::steady_clock;
-  Model model(state);
+  Model model(state, true);
   const CudaStream stream;
   std::vector<double> observe_us, learn_us;
   const auto us_since = [](Clock::time_point begin) {
@@ -275,6 +281,7 @@ const bool registered = [] {
         ->Iterations(kIterations);
   };
   add("Predict", Predict);
+  add("PredictToHost", PredictToHost);
   add("PredictInCache", PredictInCache);
   add("Learn", Learn);
   add("LearnInCache", LearnInCache);

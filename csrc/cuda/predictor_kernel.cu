@@ -33,11 +33,16 @@ int32_t DivideUp(int32_t value, int32_t divisor) { return (value + divisor - 1) 
 
 // So that a warp's part of a row is at most `num_loads` loads for each lane.
 Split SplitBy(int32_t num_loads, const View& view, DType router_dtype) {
-  const int32_t part_bytes = 32 * 16 * num_loads;
-  const auto router_row_bytes = view.hidden * static_cast<int32_t>(ElementBytes(router_dtype));
-  return {
-      .weight_parts = DivideUp(view.num_features * static_cast<int32_t>(sizeof(float)), part_bytes),
-      .router_parts = DivideUp(router_row_bytes, part_bytes)};
+  constexpr int32_t kChunkBytes = 16;
+  const int32_t weight_chunks = view.num_features * int32_t{sizeof(float)} / kChunkBytes;
+  const int32_t router_chunks =
+      view.hidden * static_cast<int32_t>(ElementBytes(router_dtype)) / kChunkBytes;
+  const int32_t weight_parts = DivideUp(weight_chunks, 32 * num_loads);
+  const int32_t router_parts = DivideUp(router_chunks, 32 * num_loads);
+  return {.weight_parts = weight_parts,
+          .weight_part_chunks = DivideUp(weight_chunks, weight_parts),
+          .router_parts = router_parts,
+          .router_part_chunks = DivideUp(router_chunks, router_parts)};
 }
 
 // The smallest parts with which all blocks run at once, so that every load is under way at the
@@ -52,11 +57,10 @@ Split ChooseSplit(const View& view, const PredictorLaunch& launch, NumBlocks num
   return SplitBy(num_loads, view, launch.router_dtype);
 }
 
-void Launch(const void* kernel, int32_t num_blocks, bool overlaps, void* params,
-            cudaStream_t stream) {
+void Launch(const void* kernel, dim3 num_blocks, bool overlaps, void* params, cudaStream_t stream) {
   void* arguments[] = {params};
   LaunchOverlapped({.kernel = kernel,
-                    .num_blocks = static_cast<unsigned>(num_blocks),
+                    .num_blocks = num_blocks,
                     .num_threads = kThreads,
                     .shared_bytes = 0,
                     .overlaps_previous = overlaps},
@@ -95,8 +99,10 @@ void LaunchPredict(PredictParams params, const PredictorLaunch& launch, cudaStre
            (NumParts(split, 0) + params.num_distances * NumParts(split, 1));
   };
   params.split = ChooseSplit(params.view, launch, num_blocks);
-  Launch(PredictKernelFor(launch.router_dtype), num_blocks(params.split), launch.overlaps, &params,
-         stream);
+  const dim3 blocks(static_cast<unsigned>(NumParts(params.split, 1)),
+                    static_cast<unsigned>(NumGroups(params.view)),
+                    static_cast<unsigned>(params.num_distances) + 1);
+  Launch(PredictKernelFor(launch.router_dtype), blocks, launch.overlaps, &params, stream);
 }
 
 void LaunchLearn(LearnParams params, const PredictorLaunch& launch, cudaStream_t stream) {
@@ -104,8 +110,8 @@ void LaunchLearn(LearnParams params, const PredictorLaunch& launch, cudaStream_t
     return params.num_pairs + 1 + params.num_pairs * NumGroups(params.view) * split.weight_parts;
   };
   params.split = ChooseSplit(params.view, launch, num_blocks);
-  Launch(reinterpret_cast<const void*>(&LearnKernel), num_blocks(params.split), launch.overlaps,
-         &params, stream);
+  Launch(reinterpret_cast<const void*>(&LearnKernel),
+         static_cast<unsigned>(num_blocks(params.split)), launch.overlaps, &params, stream);
 }
 
 int32_t MaxPredictorParts(const View& view, DType router_dtype) {

@@ -8,99 +8,92 @@
 
 namespace expertflow::predictor {
 
-// The features of the token that is observed, x of core/predictor/predictor.h.
+// Four neighbours of a router input.
+template <class Scalar>
+__device__ float4 Load4(const void* values, int first) {
+  const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const Scalar*>(values) + first);
+  float4 four;
+  mlp::UnpackWord(words.x, Scalar(), &four.x);
+  mlp::UnpackWord(words.y, Scalar(), &four.z);
+  return four;
+}
+template <>
+__device__ inline float4 Load4<float>(const void* values, int first) {
+  return *reinterpret_cast<const float4*>(static_cast<const float*>(values) + first);
+}
+
+// The features x of the token that is observed, see core/predictor/predictor.h, four at a time.
 class Features {
  public:
-  // All threads of the block call it.
-  __device__ Features(const PredictParams& params, SumScratch& scratch) : params_(params) {
-    const float power = BlockSum(ThreadPower(), scratch);
-    const float length = sqrtf(power);
+  __device__ explicit Features(const PredictParams& params) : params_(params), view_(params.view) {}
+
+  // Where to find the mean of the token's id; -1 if it is not known.
+  __device__ int Bucket() const {
+    if (params_.token == nullptr || view_.num_buckets == 0 || *params_.token < 0) return -1;
+    return static_cast<int>(*params_.token % view_.num_buckets);
+  }
+
+  // All threads of the block call it, before they ask for directions. 0 if the router input is not
+  // finite, or 0.
+  __device__ float MeasureLength(SumScratch& scratch) {
+    float power = 0;
+    for (int i = 4 * static_cast<int>(threadIdx.x); i < view_.hidden; i += 4 * kThreads) {
+      const float4 h = Hidden4(i);
+      power = fmaf(h.x, h.x, fmaf(h.y, h.y, fmaf(h.z, h.z, fmaf(h.w, h.w, power))));
+    }
+    const float length = sqrtf(BlockSum(power, scratch));
     length_ = isfinite(length) ? length : 0;
-    bucket_ = -1;
-    if (params.token != nullptr && params.view.num_buckets > 0 && *params.token >= 0) {
-      bucket_ = static_cast<int>(*params.token % params.view.num_buckets);
-    }
+    return length_;
   }
 
-  __device__ float length() const { return length_; }
-  __device__ int bucket() const { return bucket_; }
-
-  __device__ float Direction(int i) const { return length_ > 0 ? Hidden(i) / length_ : 0; }
-
-  // Features behind the direction.
-  __device__ float Rest(int target, int i) const {
-    const View& view = params_.view;
-    const int num_experts = view.rule.num_experts;
-    if (i < view.hidden) {
-      const size_t at = static_cast<size_t>(target) * static_cast<size_t>(view.hidden);
-      return kPreviousScale * view.previous[at + static_cast<size_t>(i)];
-    }
-    const int e = i - view.hidden;
-    if (e >= num_experts) return e == num_experts ? kBiasFeature : 0;
-    if (bucket_ < 0) return 0;
-    const size_t row = static_cast<size_t>(target) * static_cast<size_t>(view.num_buckets) +
-                       static_cast<size_t>(bucket_);
-    return kTokenScale *
-           view.token_means[row * static_cast<size_t>(num_experts) + static_cast<size_t>(e)];
+  // Features i to i + 3 of a pair with that target; the first H as they are, to be passed to
+  // ToDirection once the length is known.
+  __device__ float4 Raw4(int target, int i) const {
+    if (i < view_.hidden) return Hidden4(i);
+    i -= view_.hidden;
+    if (i >= view_.hidden) return Token4(target, i - view_.hidden);
+    const size_t at = static_cast<size_t>(target) * static_cast<size_t>(view_.hidden);
+    const float4 h = *reinterpret_cast<const float4*>(view_.previous + at + i);
+    return {kPreviousScale * h.x, kPreviousScale * h.y, kPreviousScale * h.z, kPreviousScale * h.w};
   }
 
-  __device__ float operator()(int target, int i) const {
-    return i < params_.view.hidden ? Direction(i) : Rest(target, i - params_.view.hidden);
+  __device__ float4 ToDirection(const float4& h) const {
+    if (length_ == 0) return {0, 0, 0, 0};
+    return {h.x / length_, h.y / length_, h.z / length_, h.w / length_};
   }
 
  private:
-  // Of the 8 elements at 8 * thread and every 8 * kThreads behind: the same ones for every dtype.
-  __device__ float ThreadPower() const {
-    float power = 0;
-    const int size = params_.view.hidden;
-    for (int first = 8 * static_cast<int>(threadIdx.x); first < size; first += 8 * kThreads) {
-      power += Power(first);
-    }
-    return power;
-  }
-
-  __device__ float Power(int first) const {
+  __device__ float4 Hidden4(int i) const {
     switch (params_.hidden_dtype) {
-      case DType::kFloat32:
-        return PowerOf8(static_cast<const float*>(params_.hidden) + first);
       case DType::kBFloat16:
-        return PowerOf8(static_cast<const __nv_bfloat16*>(params_.hidden) + first);
+        return Load4<__nv_bfloat16>(params_.hidden, i);
       case DType::kFloat16:
-        return PowerOf8(static_cast<const __half*>(params_.hidden) + first);
+        return Load4<__half>(params_.hidden, i);
+      default:
+        return Load4<float>(params_.hidden, i);
     }
-    return 0;
   }
 
-  template <class Scalar>
-  __device__ static float PowerOf8(const Scalar* hidden) {
-    constexpr int kElements = mlp::kChunkElements<Scalar>;
-    const auto* chunks = reinterpret_cast<const uint4*>(hidden);
-    float power = 0;
+  // From the mean target of the token's id on: E of them, the bias, zeros.
+  __device__ float4 Token4(int target, int first) const {
+    const int bucket = Bucket();
+    const auto row = static_cast<size_t>(target) * static_cast<size_t>(view_.num_buckets) +
+                     static_cast<size_t>(max(bucket, 0));
+    const int num_experts = view_.rule.num_experts;
+    const float* means = view_.token_means + row * static_cast<size_t>(num_experts);
+    float four[4];
 #pragma unroll
-    for (int chunk = 0; chunk < 8 / kElements; ++chunk) {
-      float values[kElements];
-      mlp::Unpack<Scalar>(chunks[chunk], values);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) power = fmaf(values[i], values[i], power);
+    for (int i = 0; i < 4; ++i) {
+      const int e = first + i;
+      four[i] = e == num_experts ? kBiasFeature : 0;
+      if (e < num_experts && bucket >= 0) four[i] = kTokenScale * means[e];
     }
-    return power;
-  }
-
-  __device__ float Hidden(int i) const {
-    switch (params_.hidden_dtype) {
-      case DType::kFloat32:
-        return static_cast<const float*>(params_.hidden)[i];
-      case DType::kBFloat16:
-        return mlp::ToFloat(static_cast<const __nv_bfloat16*>(params_.hidden)[i]);
-      case DType::kFloat16:
-        return mlp::ToFloat(static_cast<const __half*>(params_.hidden)[i]);
-    }
-    return 0;
+    return {four[0], four[1], four[2], four[3]};
   }
 
   const PredictParams& params_;
-  float length_;
-  int bucket_;
+  const View& view_;
+  float length_ = 0;
 };
 
 }  // namespace expertflow::predictor

@@ -31,7 +31,8 @@ class LearnBlock {
     const int per_pair = num_parts * NumGroups(view_);
     const int index = block / per_pair;
     const int expert = block % per_pair / num_parts * kWarps + static_cast<int>(threadIdx.x / 32);
-    const ChunkRange range(block % num_parts, num_parts, view_.num_features / 4);
+    const ChunkRange range(block % num_parts, params_.split.weight_part_chunks,
+                           view_.num_features / 4);
     const bool is_expert = expert < view_.rule.num_experts;
     const size_t row = static_cast<size_t>(params_.pairs[index]) * num_experts_ + size_t(expert);
     auto* weights =

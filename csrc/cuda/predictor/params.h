@@ -73,10 +73,10 @@ struct View {
   int32_t* prefetch_counts;  // [max_distance]
 };
 
-// Into how many parts of at most 32 * kMaxLoads chunks a row is cut; one warp takes one.
+// How rows are cut into parts of at most 32 * kMaxLoads chunks of 16 bytes; one warp takes one.
 struct Split {
-  int32_t weight_parts;
-  int32_t router_parts;
+  int32_t weight_parts, weight_part_chunks;
+  int32_t router_parts, router_part_chunks;
 };
 
 struct PredictParams {

@@ -11,30 +11,6 @@
 
 namespace expertflow::predictor {
 
-// What a block does: the part-th part of the rows of a group of experts, weights first, then
-// routers.
-struct PredictWork {
-  int distance;
-  int part;
-  int group;
-  int num_blocks;  // of this distance
-
-  __device__ PredictWork(const PredictParams& params, int block) {
-    const int num_groups = NumGroups(params.view);
-    const int num_own = num_groups * NumParts(params.split, 0);
-    num_blocks = num_own;
-    distance = 0;
-    if (block >= num_own) {
-      num_blocks = num_groups * NumParts(params.split, 1);
-      distance = 1 + (block - num_own) / num_blocks;
-      block = (block - num_own) % num_blocks;
-    }
-    const int num_parts = NumParts(params.split, distance);
-    part = block % num_parts;
-    group = block / num_parts;
-  }
-};
-
 struct PredictShared {
   alignas(16) float x[kMaxLoads * 32 * 8];  // a part's features, of at most 8 elements a chunk
   SumScratch sums;
@@ -42,50 +18,73 @@ struct PredictShared {
   unsigned ticket;
 };
 
-// A part of a row, how many parts it has, and of how many elements it is.
+// Blocks are [distances, groups of experts, parts], the weights' parts before the routers'. The
+// last distance is 0, which has no weights.
+struct PredictWork {
+  int distance;
+  int group;
+  int part;
+  bool is_there;
+
+  __device__ explicit PredictWork(const PredictParams& params) {
+    const auto plane = static_cast<int>(blockIdx.z);
+    distance = plane < params.num_distances ? plane + 1 : 0;
+    group = static_cast<int>(blockIdx.y);
+    part = static_cast<int>(blockIdx.x);
+    is_there = part < NumParts(params.split, distance);
+  }
+};
+
+// A part of the rows of a group of experts, `matrix` [experts, num_chunks of 16 bytes].
 template <class Scalar>
-__device__ Features SumPart(const PredictParams& params, PredictShared& shared,
-                            const PredictWork& work, const Scalar* row, int part, int num_parts,
-                            int num_columns) {
-  constexpr int kElements = mlp::kChunkElements<Scalar>;
+__device__ float SumPart(const PredictParams& params, PredictShared& shared,
+                         const PredictWork& work, Features& features, const void* matrix,
+                         int num_chunks, const ChunkRange& range) {
+  constexpr int kFours = mlp::kChunkElements<Scalar> / 4;
   const int expert = work.group * kWarps + static_cast<int>(threadIdx.x / 32);
   const bool is_expert = expert < params.view.rule.num_experts;
-  const ChunkRange range(part, num_parts, num_columns / kElements);
   RowPart weights;
-  weights.Load(reinterpret_cast<const uint4*>(row + size_t(expert) * size_t(num_columns)), range,
+  weights.Load(static_cast<const uint4*>(matrix) + size_t(expert) * size_t(num_chunks), range,
                is_expert);
-  const Features features(params, shared.sums);
   const int target = params.layer + work.distance;
-  const int first = range.begin * kElements;
-  const int count = (range.end - range.begin) * kElements;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    shared.x[i] = features(target, first + i);
+  const int first = range.begin * kFours, count = (range.end - range.begin) * kFours;
+  const int num_directions = params.view.hidden / 4;
+  auto* x = reinterpret_cast<float4*>(shared.x);
+  const auto thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < count; i += kThreads) x[i] = features.Raw4(target, 4 * (first + i));
+  const float length = features.MeasureLength(shared.sums);
+  for (int i = thread; i < count && first + i < num_directions; i += kThreads) {
+    x[i] = features.ToDirection(x[i]);
   }
   __syncthreads();
   const float sum = WarpSum(weights.Dot<Scalar>(shared.x, range));
-  if (threadIdx.x % 32 == 0 && is_expert) {
+  if (thread % 32 == 0 && is_expert) {
     params.view.partial[PartialRow(params, work.distance, work.part) + size_t(expert)] = sum;
   }
-  return features;
+  return length;
 }
 
+// Returns the length of the router input.
 template <class RouterScalar>
-__device__ Features SumPartOf(const PredictParams& params, PredictShared& shared,
-                              const PredictWork& work) {
+__device__ float SumPartOf(const PredictParams& params, PredictShared& shared,
+                           const PredictWork& work, Features& features) {
   const View& view = params.view;
+  const Split& split = params.split;
   const auto num_experts = static_cast<size_t>(view.rule.num_experts);
-  const int num_weight_parts = work.distance > 0 ? params.split.weight_parts : 0;
+  const int num_weight_parts = work.distance > 0 ? split.weight_parts : 0;
   if (work.part < num_weight_parts) {
+    const int num_chunks = view.num_features / mlp::kChunkElements<float>;
     const auto pair = static_cast<size_t>(params.first_pair + work.distance - 1);
-    return SumPart(params, shared, work,
-                   view.weights + pair * num_experts * static_cast<size_t>(view.num_features),
-                   work.part, num_weight_parts, view.num_features);
+    return SumPart<float>(params, shared, work, features,
+                          view.weights + pair * num_experts * size_t(view.num_features), num_chunks,
+                          ChunkRange(work.part, split.weight_part_chunks, num_chunks));
   }
+  const int num_chunks = view.hidden / mlp::kChunkElements<RouterScalar>;
   const auto target = static_cast<size_t>(params.layer + work.distance);
-  return SumPart(params, shared, work,
-                 static_cast<const RouterScalar*>(view.routers) +
-                     target * num_experts * static_cast<size_t>(view.hidden),
-                 work.part - num_weight_parts, params.split.router_parts, view.hidden);
+  return SumPart<RouterScalar>(
+      params, shared, work, features,
+      static_cast<const RouterScalar*>(view.routers) + target * num_experts * size_t(view.hidden),
+      num_chunks, ChunkRange(work.part - num_weight_parts, split.router_part_chunks, num_chunks));
 }
 
 // Whether this block is the last of `num_blocks` to come here: then it sees what all wrote before.
@@ -107,10 +106,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   __shared__ PredictShared shared;
   WaitForPrerequisites();
   LetDependentsStart();
-  const PredictWork work(params, static_cast<int>(blockIdx.x));
-  const Features features = SumPartOf<RouterScalar>(params, shared, work);
-  if (!IsLast(params.view.tickets + work.distance, work.num_blocks, shared.ticket)) return;
-  const Summary summary(params, shared.summary, features, work.distance);
+  const PredictWork work(params);
+  if (!work.is_there) return;
+  Features features(params);
+  const float length = SumPartOf<RouterScalar>(params, shared, work, features);
+  const int num_blocks = NumGroups(params.view) * NumParts(params.split, work.distance);
+  if (!IsLast(params.view.tickets + work.distance, num_blocks, shared.ticket)) return;
+  const Summary summary(params, shared.summary, features, length, work.distance);
   if (work.distance == 0) {
     summary.SetTargets();
     summary.KeepInputs();

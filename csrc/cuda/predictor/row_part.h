@@ -7,13 +7,13 @@
 
 namespace expertflow::predictor {
 
-// Where a part of a row of `num_chunks` chunks of 16 bytes begins and ends.
+// Where a part of a row of chunks of 16 bytes begins and ends.
 struct ChunkRange {
   int begin;
   int end;
 
-  __device__ ChunkRange(int part, int num_parts, int num_chunks)
-      : begin(part * num_chunks / num_parts), end((part + 1) * num_chunks / num_parts) {}
+  __device__ ChunkRange(int part, int part_chunks, int num_chunks)
+      : begin(part * part_chunks), end(min(begin + part_chunks, num_chunks)) {}
 };
 
 // A warp's part of a row, lane by lane, in registers.

@@ -30,11 +30,12 @@ struct SummaryShared {
 class Summary {
  public:
   __device__ Summary(const PredictParams& params, SummaryShared& shared, const Features& features,
-                     int distance)
+                     float length, int distance)
       : params_(params),
         view_(params.view),
         shared_(shared),
         features_(features),
+        length_(length),
         distance_(distance),
         expert_(static_cast<int>(threadIdx.x)),
         is_expert_(expert_ < params.view.rule.num_experts),
@@ -45,7 +46,7 @@ class Summary {
     const Margin margin = MarginAt(target_);
     if (expert_ == 0) {
       float& deviation = view_.deviations[target_];
-      if (features_.length() > 0) {
+      if (length_ > 0) {
         const float num_tokens = view_.num_tokens[target_] + 1.0f;
         view_.num_tokens[target_] = num_tokens;
         deviation += DeviationRate(num_tokens) * (margin.deviation - deviation);
@@ -64,20 +65,22 @@ class Summary {
   // What the update needs of this token; all threads call it.
   __device__ void KeepInputs() const {
     const auto layer = static_cast<size_t>(params_.layer);
-    const int hidden = view_.hidden, num_rest = view_.num_features - view_.hidden;
+    const int hidden = view_.hidden, num_features = view_.num_features;
     float* directions = view_.directions + layer * static_cast<size_t>(hidden);
-    float* rest = view_.rest + layer * static_cast<size_t>(num_rest);
-#pragma unroll 4
-    for (int i = expert_; i < hidden; i += kThreads) directions[i] = features_.Direction(i);
+    float* rest = view_.rest + layer * static_cast<size_t>(num_features - hidden);
     float power = 0;
-#pragma unroll 4
-    for (int i = expert_; i < num_rest; i += kThreads) {
-      const float value = features_.Rest(target_, i);
-      rest[i] = value;
-      power = fmaf(value, value, power);
+#pragma unroll 2
+    for (int i = 4 * expert_; i < num_features; i += 4 * kThreads) {
+      const float4 x = features_.Raw4(target_, i);
+      if (i < hidden) {
+        *reinterpret_cast<float4*>(directions + i) = features_.ToDirection(x);
+      } else {
+        *reinterpret_cast<float4*>(rest + i - hidden) = x;
+        power = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, power))));
+      }
     }
     power = BlockSum(power, shared_.router.sums);
-    if (expert_ == 0) view_.facts[layer] = {features_.length(), power, features_.bucket()};
+    if (expert_ == 0) view_.facts[layer] = {length_, power, features_.Bucket()};
   }
 
   // Scores and needs of a later layer, and what of it to prefetch.
@@ -125,7 +128,7 @@ class Summary {
 
   __device__ Margin MarginAt(int layer) const {
     const int first_part = distance_ > 0 ? params_.split.weight_parts : 0;
-    float logit = Sum(first_part, params_.split.router_parts) * features_.length();
+    float logit = Sum(first_part, params_.split.router_parts) * length_;
     float correction = 0;
     if (is_expert_) {
       if (view_.biases != nullptr) logit += view_.biases[ExpertOf(layer)];
@@ -161,6 +164,7 @@ class Summary {
   const View& view_;
   SummaryShared& shared_;
   const Features& features_;
+  float length_;  // of the router input
   int distance_;
   int expert_;
   bool is_expert_;

@@ -233,7 +233,8 @@ TEST_P(CudaPredictorRulesTest, ForeseesAndLearnsAsTheHost) {
   EXPECT_EQ(device.predictor().router_dtype(), shape.router_dtype);
   const auto top_k = Index(shape.rule.top_k);
   size_t num_ranked = 0, num_same = 0;
-  for (int64_t step = 0; step < 200; ++step) {
+  const int64_t num_steps = shape.name == kSoftmax.name ? 300 : 60;
+  for (int64_t step = 0; step < num_steps; ++step) {
     const Pass pass = RandomPass(shape, random);
     const int64_t token = step * step % 31;
     device.SetToken(pass, token);

@@ -11,9 +11,9 @@
 #include "core/dtype.h"
 #include "core/ids.h"
 #include "core/predictor/predictor.h"
-#include "cuda/device_memory.h"
 #include "cuda/event.h"
 #include "cuda/pinned_memory.h"
+#include "cuda/predictor/device_state.h"
 #include "cuda/predictor_kernel.h"
 #include "cuda/stream.h"
 
@@ -75,19 +75,18 @@ class DevicePredictor {
   std::span<const float> need(int32_t distance) const;
 
   // In device memory, overwritten by the next Observe: row d - 1 is about distance d.
-  const float* device_need() const { return view_.need; }                   // [.., experts]
-  const int32_t* prefetch_ids() const { return view_.prefetch_ids; }        // [.., list_size]
-  const int32_t* prefetch_counts() const { return view_.prefetch_counts; }  // [..]
+  const float* device_need() const { return state_.view().need; }             // [.., experts]
+  const int32_t* prefetch_ids() const { return state_.view().prefetch_ids; }  // [.., list_size]
+  const int32_t* prefetch_counts() const { return state_.view().prefetch_counts; }  // [..]
 
   // All that was learned. These wait for all work of the device, and a pass must begin after them.
   void CopyFrom(const LearnedState& state);
   void CopyTo(LearnedState& state) const;
 
   int device() const { return device_; }
-  DType router_dtype() const { return launch_.router_dtype; }
+  DType router_dtype() const { return state_.router_dtype(); }
 
  private:
-  void CopyRouters(const RouterWeights& routers);
   void CheckLayer(int32_t layer) const;
   uint64_t* host_words() const { return reinterpret_cast<uint64_t*>(host_->data()); }
   float* host_need() const {
@@ -98,9 +97,8 @@ class DevicePredictor {
   Options options_;
   int device_;
   std::vector<size_t> first_pair_;
+  predictor::DeviceState state_;
   PredictorLaunch launch_;
-  predictor::View view_ = {};
-  DeviceMemory memory_;
   std::optional<PinnedMemory> host_;  // a word for each distance, then the needs
   CudaStream learning_stream_;
   CudaEvent observed_, learned_;

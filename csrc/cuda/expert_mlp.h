@@ -83,6 +83,7 @@ class ExpertMlp {
   // The two kernels for up to max_tokens tokens of an expert at once.
   struct Variant {
     int32_t max_tokens;
+    int32_t num_threads;
     size_t shared_bytes;
     const void* gate_up;
     const void* down;

@@ -18,6 +18,10 @@ namespace expertflow::mlp {
 template <class Scalar, Stage kStage>
 class RowLayout {
  public:
+  static constexpr int kThreads = 512;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kDepth = 3;
+
   __device__ explicit RowLayout(const Params& params)
       : num_units_(params.num_outputs / 2),
         num_chunks_(params.num_inputs / kChunkElements<Scalar>),
@@ -75,8 +79,9 @@ __device__ void MultiplyRows(const WeightPair& weights, const uint4* const (&inp
 }
 
 template <class Scalar, int kTokens, Stage kStage>
-__global__ void __launch_bounds__(kThreads, kTokens <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(RowLayout<Scalar, kStage>::kThreads, kTokens <= 4 ? 2 : 1)
     RowKernel(const __grid_constant__ Params params) {
+  constexpr int kWarps = RowLayout<Scalar, kStage>::kWarps;
   extern __shared__ uint4 ring[];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const RowLayout<Scalar, kStage> layout(params);

@@ -22,6 +22,7 @@
 #include "host/ram_pool.h"
 #include "python/build_info.h"
 #include "python/cuda_module.h"
+#include "python/cuda_predictor_binding.h"
 #include "python/predictor_binding.h"
 #include "python/registered_cache.h"
 #include "python/simulator_module.h"
@@ -176,6 +177,7 @@ PYBIND11_MODULE(_core, m) {
   DefineCache(m);
   DefineCuda(m);
   DefinePredictor(m);
+  DefineCudaPredictor(m);
   DefineSimulator(m);
 }
 

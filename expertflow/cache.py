@@ -263,7 +263,7 @@ class ExpertCache:
         """
         if horizon == "auto":
             self._core.set_horizon(_core.AUTO_HORIZON)
-        elif isinstance(horizon, int) and 0 <= horizon <= _core.MAX_HORIZON:
+        elif type(horizon) is int and 0 <= horizon <= _core.MAX_HORIZON:
             self._core.set_horizon(horizon)
         else:
             raise ValueError(
@@ -280,7 +280,8 @@ class ExpertCache:
         """Return how many layers ahead to foresee, for the layer that was planned last.
 
         Takes in what was measured up to that plan. 0: nothing is to be prefetched now, as for
-        prompts, before bandwidth and compute time are known, and where it does not pay.
+        prompts of more than 16 tokens, before bandwidth and compute time are known, and where it
+        does not pay.
         """
         with self.lock:
             return self._core.begin_prefetch()

@@ -8,7 +8,7 @@ same bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from .grouped import GroupedMlp, can_group, compute_grouped
 from .unsupported import refuse_conversion
 
 
+@runtime_checkable
 class NeedPredictor(Protocol):
     """Foresees how probable it is that later layers need each expert; the cache decides the rest.
 
@@ -177,7 +178,7 @@ def _gpt_oss_gate(gate_up: Tensor) -> Tensor:
 
 def begin_foreseeing(predictor: Predictor | None, layer: int, hidden_states: Tensor) -> None:
     """Call before `compute_experts` of the layer whose `on_planned` is `prefetch_foreseen`."""
-    if predictor is not None and not callable(predictor):
+    if isinstance(predictor, NeedPredictor):
         predictor.begin_layer(layer, hidden_states)
 
 
@@ -187,15 +188,15 @@ def prefetch_foreseen(
     """Fetch what `predictor` expects of later layers, behind what `layer` waits for."""
     if predictor is None:
         return
-    if callable(predictor):
-        for distance, expert_ids in predictor(layer, hidden_states):
-            target = layer + distance
-            if target < cache.num_layers:
-                cache.prefetch(target, expert_ids, distance)
+    if isinstance(predictor, NeedPredictor):
+        horizon = cache.begin_prefetch()
+        cache.prefetch_predicted(predictor.foresee(layer, hidden_states, horizon))
+        predictor.learn(layer)
         return
-    horizon = cache.begin_prefetch()
-    cache.prefetch_predicted(predictor.foresee(layer, hidden_states, horizon))
-    predictor.learn(layer)
+    for distance, expert_ids in predictor(layer, hidden_states):
+        target = layer + distance
+        if target < cache.num_layers:
+            cache.prefetch(target, expert_ids, distance)
 
 
 class StreamedExperts(nn.Module):

@@ -171,7 +171,7 @@ def load_opened_model(
     for layer_index, module in enumerate(experts):
         module.bind(streamed.expert_cache, layer_index)
     refuse_loading_experts(streamed)
-    streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
+    streamed.sizes, streamed.ram_limit, streamed.pool = with_predictor.model, ram_limit, pool
     streamed.requires_grad_(False)
     if prefetch:
         streamed.expert_cache.set_horizon(prefetch)

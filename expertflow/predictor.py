@@ -233,8 +233,8 @@ class ExpertPredictor:
         for name, size in self._metadata().items():
             if metadata.get(name) != size:
                 raise ValueError(
-                    f"{path} was saved for {name} {metadata.get(name)}, and this model has {size}: "
-                    "it was learned on another model"
+                    f"{path} was saved for {name} {metadata.get(name)}, and this predictor has "
+                    f"{size}: it was learned on another model, or with other settings"
                 )
         for name, expected in self._saved().items():
             found = arrays.get(name)

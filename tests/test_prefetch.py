@@ -20,6 +20,7 @@ def predicting(tiny_streamed):
     def prepare(family, options=EVERYTHING_CACHED):
         model = use(tiny_streamed(family), options)
         model.set_predictor(ExpertPredictor.for_model(model, max_distance=3))
+        model.expert_cache.set_horizon("auto")
         changed.append(model)
         return model
 
@@ -68,7 +69,9 @@ def test_tokens_of_each_pass_are_known(predicting):
 
 def test_a_compiled_model_prefetches_too(predicting):
     model = predicting("qwen3_moe", CacheOptions("50%"))
+    model.expert_cache.set_horizon(2)
     expected = logits(model, token_ids(4))
+    model.expert_cache.reset_statistics()
     counts = model.predictor._core.state["token_counts"].copy()
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
@@ -77,6 +80,7 @@ def test_a_compiled_model_prefetches_too(predicting):
     learned = model.predictor._core.state["num_tokens"]
     assert learned.tolist() == [8.0] * len(learned)
     assert (counts == model.predictor._core.state["token_counts"]).all()  # tokens are not seen
+    assert model.expert_cache.statistics()["prefetch_bytes"] > 0
 
 
 def test_from_pretrained_makes_saves_and_loads_a_predictor(tiny_checkpoint, tmp_path):
@@ -156,6 +160,7 @@ def test_set_expert_cache_keeps_the_predictor(predicting):
     use(model, CacheOptions("50%"))
     generate(model, PROMPTS, 5)
     assert model.predictor is predictor
+    assert model.expert_cache.horizon == 2
     assert model.expert_cache.statistics()["prefetch_bytes"] > 0
 
 
@@ -166,7 +171,7 @@ def test_memory_of_the_predictor_is_counted(tiny_checkpoint):
     held = sum(array.nbytes for array in model.predictor._core.state.values())
     counted = predictor_bytes(3, 8, 32, 8, VOCAB_SIZE)
     assert 0 < counted - held < 0.3 * counted
-    limit = model.sizes.expert_bytes_total // 4 + model.sizes.other_bytes
+    limit = model.sizes.expert_bytes_total // 4 + model.sizes.other_bytes - counted
     expertflow.from_pretrained(path, ram_limit=limit, **options)
     expertflow.from_pretrained(path, prefetch="auto", ram_limit=limit + counted, **options)
     with pytest.raises(MemoryError):

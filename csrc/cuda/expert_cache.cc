@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <exception>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -10,7 +9,6 @@
 
 #include "cuda/cuda_error.h"
 #include "cuda/device_guard.h"
-#include "cuda/relaxed_capture.h"
 #include "host/fork.h"
 
 namespace expertflow::cuda {

@@ -65,6 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     run = generate(model, tokenizer, prompt, **sampling, streamer=streamer)
     rows = [(run.policy, run)]
     if options.compare_on_demand:
+        model.set_predictor(None)  # it would take time, and hide stalls meanwhile
         model.set_expert_cache(options.expert_cache, policy="on_demand")
         rows.append(("on demand", generate(model, tokenizer, prompt, **sampling)))
     if options.json:

@@ -31,7 +31,7 @@ TEST_F(ExpertCachePrefetchTest, WhatIsForeseenIsThereInTime) {
       const int64_t other = 2 + (token * kNumLayers + layer) % 6;  // never resident by itself
       const Plan& plan = Begin(layer, {0, other});
       const bool is_measured = token > 0 || layer > 0;
-      ASSERT_EQ(cache_->BeginPrefetch(), is_measured ? 1 : 0) << "token " << token;
+      ASSERT_EQ(cache_->BeginPrefetch() > 0, is_measured) << "token " << token;
       const int64_t bytes_before = Total().prefetch_bytes;
       const int32_t next = 2 + static_cast<int32_t>(other - 1) % 6;
       const int32_t num_posted = PrefetchSurely({0, next});
@@ -46,7 +46,7 @@ TEST_F(ExpertCachePrefetchTest, WhatIsForeseenIsThereInTime) {
   const PrefetchStatistics prefetched = cache_->prefetch_statistics();
   EXPECT_GE(prefetched.hits, kTokens * kNumLayers - 2);
   EXPECT_EQ(prefetched.hits, prefetched.used);
-  EXPECT_EQ(cache_->horizon(), 1);
+  EXPECT_GE(cache_->horizon(), 1);  // more where a copy was held up
 }
 
 TEST_F(ExpertCachePrefetchTest, ACacheThatHoldsEverythingPrefetchesNothing) {

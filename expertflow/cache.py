@@ -7,12 +7,15 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core, ops
 
 if TYPE_CHECKING:
+    from .biased_routing import BiasedRouter
     from .experts import StreamedExperts
 
 # The tensors of one expert by role, e.g. {"gate_up_proj": [2I, H], "down_proj": [H, I]}.
@@ -122,6 +125,8 @@ class ExpertCache:
         # Held while a layer is computed: its slots must not change hands.
         self.lock = threading.RLock()
         self._is_forked = False
+        # Changes routes in favour of what this cache holds; None: routing is exact.
+        self.biased_router: BiasedRouter | None = None
         _open_caches[self._core.handle] = self
 
     @classmethod
@@ -165,7 +170,7 @@ class ExpertCache:
 
     def resized(self, num_slots: int, policy: str, scope: str) -> "ExpertCache":
         """Return an empty cache of another size or policy over the same source."""
-        return ExpertCache(
+        cache = ExpertCache(
             self.source,
             self.layout,
             self.segment_shapes,
@@ -180,6 +185,8 @@ class ExpertCache:
             device=self.device,
             mlp_hidden=self.mlp_hidden,
         )
+        cache.biased_router = self.biased_router
+        return cache
 
     def close(self) -> None:
         """Free the slots of a CUDA cache now, instead of when nothing refers to it any more.
@@ -246,18 +253,32 @@ class ExpertCache:
         with self.lock:
             ops.prefetch(self.handle, ids, layer, distance)
 
+    def residents(self, layer: int) -> NDArray[np.uint8]:
+        """[experts]: 1 if the expert of `layer` is in a slot, or on its way to one."""
+        return self._core.residents(layer)
+
     def statistics(self) -> dict[str, Any]:
         """Return counts since the last reset: totals, and under "layers" those of each MoE layer.
 
         hits, late_hits (a prefetch was still under way), misses: experts needed, each once per
         forward pass of its layer; demand_bytes, prefetch_bytes, wasted_prefetch_bytes; evictions;
-        stall_us, the time that computation waited for experts.
+        stall_us, the time that computation waited for experts; routes that biased routing could
+        have changed, and changed_routes, 0 if routing is exact.
         """
-        return self._core.statistics()
+        statistics = self._core.statistics()
+        counts = [(0, 0)] * self.num_layers
+        if self.biased_router is not None:
+            counts = self.biased_router.counts()
+        for layer, (routes, changed) in zip(statistics["layers"], counts, strict=True):
+            layer |= {"routes": routes, "changed_routes": changed}
+        totals = zip(("routes", "changed_routes"), map(sum, zip(*counts, strict=True)), strict=True)
+        return statistics | dict(totals)
 
     def reset_statistics(self) -> None:
         """Start counting anew."""
         self._core.reset_statistics()
+        if self.biased_router is not None:
+            self.biased_router.reset_counts()
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -19,6 +19,7 @@ import torch
 
 from . import _core
 from ._core import CheckpointSource, ExpertSource, RamPool
+from .biased_routing import BiasedRouting, check_routing
 from .build_info import build_info
 from .cache import NUM_FILE_READERS, ExpertCache
 from .cache_size import CacheSize, check_cache_fits, check_cuda_cache_fits, size_cache
@@ -52,6 +53,7 @@ def from_pretrained(
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
     prefetch: str | bool = False,
+    routing: str | BiasedRouting = "exact",
     progress: bool = True,
     **transformers_kwargs: Any,
 ) -> Any:
@@ -79,6 +81,8 @@ def from_pretrained(
         num_threads: threads that fetch experts.
         prefetch: "auto" to foresee which experts the next layers will need, learning while the
             model runs, and to fetch them early; False to fetch only what is needed.
+        routing: "exact", or a `BiasedRouting` to change a part of the routes in favour of experts
+            in the cache. That changes what the model says: see docs/cache-aware-routing.md.
         progress: show progress bars.
         **transformers_kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
@@ -103,6 +107,7 @@ def from_pretrained(
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
+    check_routing(routing)
     if prefetch not in _PREFETCH:
         raise ValueError(f'prefetch={prefetch!r} is unknown. Use "auto" or False.')
     streamed, loading_info = load_opened_model(
@@ -116,6 +121,7 @@ def from_pretrained(
         ram_limit=ram_limit,
         num_threads=num_threads,
         prefetch=bool(prefetch),
+        routing=routing,
         progress=progress,
     )
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
@@ -134,6 +140,7 @@ def load_opened_model(
     pin_memory: bool | None = None,
     num_threads: int | None = None,
     prefetch: bool = False,
+    routing: str | BiasedRouting = "exact",
 ) -> tuple[Any, dict[str, Any]]:
     """The second half of `from_pretrained`: check sizes, then read.
 
@@ -176,6 +183,7 @@ def load_opened_model(
     streamed.requires_grad_(False)
     if prefetch:
         streamed.set_predictor(ExpertPredictor.for_model(streamed, max_distance=_MAX_DISTANCE))
+    streamed.set_routing(routing)
     return streamed, loading_info
 
 

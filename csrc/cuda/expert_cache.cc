@@ -383,6 +383,12 @@ void ExpertCache::Finish(const Flight& flight, const std::optional<std::string>&
   of_slot.ended.store(of_slot.generation, std::memory_order_release);
 }
 
+std::vector<uint8_t> ExpertCache::Residents(int32_t layer) const {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = Acquire();
+  return control_.Residents(layer);
+}
+
 std::vector<LayerStatistics> ExpertCache::statistics() {
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);

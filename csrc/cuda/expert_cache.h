@@ -82,7 +82,8 @@ class ExpertCache {
   int32_t num_slots() const { return control_.table().num_slots; }
   int device() const { return device_number_; }
 
-  std::vector<LayerStatistics> statistics();  // [num_layers]
+  std::vector<uint8_t> Residents(int32_t layer) const;  // see CacheControl
+  std::vector<LayerStatistics> statistics();            // [num_layers]
   void ResetStatistics();
   double bandwidth_bytes_per_second() const;
 

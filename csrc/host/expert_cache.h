@@ -66,7 +66,8 @@ class ExpertCache {
   size_t slot_bytes() const { return slot_bytes_; }
   int32_t num_slots() const { return control_.table().num_slots; }
 
-  std::vector<LayerStatistics> statistics() const;  // [num_layers]
+  std::vector<uint8_t> Residents(int32_t layer) const;  // see CacheControl
+  std::vector<LayerStatistics> statistics() const;      // [num_layers]
   void ResetStatistics();
   double bandwidth_bytes_per_second() const;
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -52,6 +53,12 @@ void DefineCacheProperties(Class& cache_class) {
       .def_property_readonly("num_slots", [](Registered& c) { return c.cache().num_slots(); })
       .def_property_readonly("bandwidth_bytes_per_second",
                              [](Registered& c) { return c.cache().bandwidth_bytes_per_second(); })
+      .def("residents",
+           [](Registered& c, int32_t layer) {
+             const std::vector<uint8_t> is_resident = c.cache().Residents(layer);
+             return pybind11::array_t<uint8_t>(static_cast<pybind11::ssize_t>(is_resident.size()),
+                                               is_resident.data());
+           })
       .def("statistics", [](Registered& c) { return StatisticsDict(c.cache().statistics()); })
       .def("reset_statistics", [](Registered& c) { c.cache().ResetStatistics(); });
 }

@@ -22,18 +22,16 @@ from expertflow import BiasedRouting
 
 WINDOW_TOKENS = 512
 PROMPT_TOKENS = 17  # more than biased routing changes
-# keep_top, strength, budget; strength 1 is more than a budget leaves, so that the budget decides
+# keep_top, strength, budget: first where the budget decides, then where the strength does.
 SETTINGS = (
-    (1, 1.0, 0.01),
     (1, 1.0, 0.02),
     (1, 1.0, 0.05),
     (1, 1.0, 0.1),
     (1, 1.0, 0.2),
+    (0, 1.0, 0.1),
+    (2, 1.0, 0.1),
     (1, 0.05, 1.0),
     (1, 0.1, 1.0),
-    (1, 0.2, 1.0),
-    (0, 1.0, 0.05),
-    (2, 1.0, 0.05),
 )
 
 

@@ -146,14 +146,14 @@ def test_changed_ids_are_weighed_by_the_rule_of_the_family(tiny_checkpoint, fami
 def test_the_budget_holds_and_is_spent_on_hits(biased, budget, scope):
     options = CacheOptions("50%", scope=scope)
     exact = biased("qwen3_moe", "exact", options)
-    for _ in step_by_step(exact, 300):
+    for _ in step_by_step(exact, 600):
         pass
     without = exact.expert_cache.statistics()
     model = biased("qwen3_moe", BiasedRouting(budget, strength=1.0), options)
-    for _ in step_by_step(model, 300):
+    for _ in step_by_step(model, 600):
         statistics = model.expert_cache.statistics()
         assert statistics["changed_routes"] <= budget * statistics["routes"]
-    assert statistics["changed_routes"] > 0.8 * budget * statistics["routes"]
+    assert statistics["changed_routes"] > 0.7 * budget * statistics["routes"]
     assert hit_rate(statistics) > hit_rate(without) + 0.5 * budget
     assert without["routes"] == without["changed_routes"] == 0
     for name in ("routes", "changed_routes"):
@@ -225,6 +225,29 @@ def test_exact_takes_the_hooks_away(biased):
     model.set_routing("exact")
     assert not any(router._forward_hooks for router in routers)
     assert model.expert_cache.biased_router is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu(tiny_checkpoint, family):
+    model = expertflow.from_pretrained(
+        tiny_checkpoint(family), expert_cache="50%", device="cuda", progress=False
+    )
+    prompt = {name: tensor.cuda() for name, tensor in token_ids(20, 20).items()}
+    expected = generate(model, prompt, 40)
+    model.set_routing(BiasedRouting(budget=0.0))
+    assert torch.equal(generate(model, prompt, 40), expected)
+    model.set_routing(GREEDY)
+    wanted, done = watch(model)
+    generate(model, prompt, 40)
+    num_changed = 0
+    for (_, _, scores, weights, ids), (_, new_ids, new_weights) in zip(wanted, done, strict=True):
+        assert new_ids.device == ids.device and new_weights.dtype == weights.dtype
+        num_changed += int((ids != new_ids).sum())
+        for token in range(len(ids)):
+            expected = expected_weights(family, model.config, scores[token], new_ids[token])
+            torch.testing.assert_close(new_weights[token].double(), expected, rtol=1e-5, atol=1e-6)
+    assert num_changed == model.expert_cache.statistics()["changed_routes"] > 0
 
 
 def test_residents_are_in_a_slot_or_on_their_way(tiny_streamed):

@@ -9,7 +9,9 @@
 namespace expertflow {
 namespace {
 
-constexpr double kFullCredit = 64.0;     // routes that may change before the bias fades
+// Routes that may still change, for each unit of bias: more spends the budget on smaller gaps, and
+// starts later (docs/cache-aware-routing.md).
+constexpr double kCreditOfOneRange = 512.0;
 constexpr float kSlowestUpdate = 0.01f;  // of the mean range, so that it follows the text
 
 }  // namespace
@@ -93,8 +95,8 @@ int64_t BiasedRouter::RerouteToken(size_t layer, std::span<const float> logits,
   total_.routes += rule_.top_k;
   const double credit =
       options_.budget * static_cast<double>(total_.routes) - static_cast<double>(total_.changed);
-  const float bias = MeanRange(layer) * options_.strength *
-                     static_cast<float>(std::min(1.0, credit / kFullCredit));
+  const double affordable = credit / kCreditOfOneRange;
+  const float bias = MeanRange(layer) * std::min(options_.strength, static_cast<float>(affordable));
   if (bias <= 0.0f) return 0;  // else rounding could decide between equals
   CollectMissing(expert_ids);
   int64_t num_changed = 0;

@@ -10,7 +10,7 @@
 namespace expertflow {
 
 struct BiasOptions {
-  float strength = 0.0f;  // the bias of a resident expert, in mean ranges of the layer's scores
+  float strength = 0.0f;  // the largest bias, in mean ranges of the layer's scores
   int32_t keep_top = 0;   // a token's best experts that stay whatever is resident
   double budget = 0.0;    // the largest share of routes that may change
 };
@@ -23,7 +23,7 @@ struct RouteCounts {
 // Routes tokens to resident experts where the router hardly prefers others: lossy, fewer misses.
 //
 //   range = running mean over tokens of (largest - smallest selection score), for each layer
-//   bias  = strength * range * min(1, credit / 64)
+//   bias  = range * min(strength, credit / 512)
 //   swap a missing expert for a resident one while score(missing) - score(resident) < bias
 //
 // That is the top-k of scores that are raised by the bias on resident experts and on the keep_top
@@ -31,8 +31,7 @@ struct RouteCounts {
 // Mobile Device Inference" (2024, arXiv:2412.00099). The scores are those that the family selects
 // by: the logits, or sigmoids with correction bias. The token's groups are chosen without the bias.
 // Ours is the budget: `credit` is how many routes may still change. Within a layer the smallest gap
-// goes first, and as the bias fades while credit is short, it goes to small gaps across layers and
-// tokens.
+// goes first; across layers and tokens the bias settles where it spends what the budget gives.
 //
 // Not thread-safe. Allocates nothing after construction.
 class BiasedRouter {

@@ -35,7 +35,7 @@ void SaveCredit(BiasedRouter& router, size_t num_experts, size_t top_k, size_t n
   ASSERT_EQ(router.Reroute(0, logits, Mask(num_experts, 1), ids), 0);
 }
 
-// Top-2 of four with a mean range of 10 after 1000 tokens: the bias is 5.
+// Top-2 of four with a mean range of 10 and credit for it: the bias is 5.
 class BiasedRouterTest : public ::testing::Test {
  protected:
   void Make(const BiasOptions& options) {
@@ -137,7 +137,7 @@ TEST(BiasedRouterGroupsTest, NobodyComesFromAnotherGroup) {
   const std::vector<float> logits = {9, 5, 0, 8, 8, 8};
   Ids ids = {0, 1};
   EXPECT_EQ(router.Reroute(0, logits, Mask{0, 0, 0, 1, 1, 1}, ids), 0);
-  SaveCredit(router, 6, 2, 100);
+  SaveCredit(router, 6, 2, 1000);
   EXPECT_EQ(router.Reroute(0, logits, Mask{0, 0, 0, 1, 1, 1}, ids), 0);
   EXPECT_EQ(router.Reroute(0, logits, Mask{0, 0, 1, 1, 1, 1}, ids), 1);
   EXPECT_THAT(ids, ElementsAre(0, 2));
@@ -183,10 +183,10 @@ TEST(BiasedRouterPropertyTest, ItIsTheTopOfTheBiasedScores) {
     // One pass with every expert resident fixes the mean range, but for the last token.
     std::vector<float> logits(kExperts), many;
     for (float& logit : logits) logit = normal(random);
-    for (size_t token = 0; token < 50; ++token)
+    for (size_t token = 0; token < 100; ++token)
       many.insert(many.end(), logits.begin(), logits.end());
     Ids exact = TopOfBiased(logits, Mask(kExperts, 0), kTopK, 0, 0.0f), all;
-    for (size_t token = 0; token < 50; ++token) all.insert(all.end(), exact.begin(), exact.end());
+    for (size_t token = 0; token < 100; ++token) all.insert(all.end(), exact.begin(), exact.end());
     router.Reroute(0, many, Mask(kExperts, 1), all);
 
     Mask is_resident(kExperts);
@@ -205,11 +205,11 @@ TEST(BiasedRouterPropertyTest, TheBudgetIsKeptAfterEveryTokenAndSpent) {
   std::normal_distribution<float> normal;
   constexpr size_t kExperts = 16, kTopK = 4;
   constexpr int32_t kLayers = 3;
-  for (const double budget : {0.003, 0.05, 0.3}) {
+  for (const double budget : {0.01, 0.05, 0.3}) {
     BiasedRouter router({.num_experts = kExperts, .top_k = kTopK}, kLayers, {},
                         {.strength = 1.0f, .keep_top = 1, .budget = budget});
     int64_t routes = 0, changed = 0;
-    for (int32_t step = 0; step < 6000; ++step) {
+    for (int32_t step = 0; step < 30000; ++step) {
       std::vector<float> logits(kExperts);
       for (float& logit : logits) logit = normal(random);
       Ids ids = TopOfBiased(logits, Mask(kExperts, 0), kTopK, 0, 0.0f);
@@ -235,7 +235,7 @@ TEST(BiasedRouterPropertyTest, TheBudgetIsKeptAfterEveryTokenAndSpent) {
     }
     EXPECT_EQ(total.routes, routes);
     EXPECT_EQ(total.changed, changed);
-    EXPECT_GT(static_cast<double>(changed), 0.8 * budget * static_cast<double>(routes));
+    EXPECT_GT(static_cast<double>(changed), 0.9 * budget * static_cast<double>(routes));
     router.ResetCounts();
     EXPECT_EQ(router.counts()[0].routes, 0);
     EXPECT_EQ(router.counts()[0].changed, 0);

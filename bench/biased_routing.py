@@ -22,14 +22,12 @@ from expertflow import BiasedRouting
 
 WINDOW_TOKENS = 512
 PROMPT_TOKENS = 17  # more than biased routing changes
-# keep_top, strength, budget: first where the budget decides, then where the strength does.
+# keep_top, strength, budget: where the budget decides, and the cache-prior without one.
 SETTINGS = (
     (1, 1.0, 0.02),
     (1, 1.0, 0.05),
     (1, 1.0, 0.1),
     (1, 1.0, 0.2),
-    (0, 1.0, 0.1),
-    (2, 1.0, 0.1),
     (1, 0.05, 1.0),
     (1, 0.1, 1.0),
 )

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <ranges>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -9,9 +10,9 @@
 namespace expertflow {
 namespace {
 
-// Routes that may still change, for each unit of bias: more spends the budget on smaller gaps, and
-// starts later (docs/cache-aware-routing.md).
-constexpr double kCreditOfOneRange = 512.0;
+// Routes that may still change when a swap may move all of the token's weight. More spends the
+// budget on smaller gaps, and starts later (docs/cache-aware-routing.md).
+constexpr double kCreditOfWholeWeight = 512.0;
 constexpr float kSlowestUpdate = 0.01f;  // of the mean range, so that it follows the text
 
 }  // namespace
@@ -95,24 +96,38 @@ int64_t BiasedRouter::RerouteToken(size_t layer, std::span<const float> logits,
   total_.routes += rule_.top_k;
   const double credit =
       options_.budget * static_cast<double>(total_.routes) - static_cast<double>(total_.changed);
-  const double affordable = credit / kCreditOfOneRange;
-  const float bias = MeanRange(layer) * std::min(options_.strength, static_cast<float>(affordable));
-  if (bias <= 0.0f) return 0;  // else rounding could decide between equals
+  const float max_score_gap = options_.strength * MeanRange(layer);
+  if (max_score_gap <= 0.0f) return 0;  // else rounding could decide between equals
   CollectMissing(expert_ids);
+  const int64_t num_changed = Swap(logits, expert_ids, max_score_gap, credit);
+  counts.changed += num_changed;
+  total_.changed += num_changed;
+  return num_changed;
+}
+
+int64_t BiasedRouter::Swap(std::span<const float> logits, std::span<int64_t> expert_ids,
+                           float max_score_gap, double credit) {
+  const auto logit = [&](int64_t expert) { return logits[static_cast<size_t>(expert)]; };
+  const float largest = std::ranges::max(expert_ids | std::views::transform(logit));
+  const auto weight = [&](int64_t expert) {
+    const float x = logit(expert);
+    return rule_.is_sigmoid ? 1.0f / (1.0f + std::exp(-x)) : std::exp(x - largest);
+  };
+  float total_weight = 0.0f;
+  for (const int64_t expert : expert_ids) total_weight += weight(expert);
+  const float max_weight_gap = total_weight * static_cast<float>(credit / kCreditOfWholeWeight);
   int64_t num_changed = 0;
   for (const size_t place : places_) {
-    if (static_cast<double>(num_changed + 1) > credit) break;
     const int64_t best = BestResident();
-    if (best < 0) break;
+    if (best < 0 || static_cast<double>(num_changed + 1) > credit) break;
     int64_t& expert = expert_ids[place];
-    const float score = scores_[static_cast<size_t>(expert)];
-    if (score - scores_[static_cast<size_t>(best)] >= bias) break;
+    const float score_gap =
+        scores_[static_cast<size_t>(expert)] - scores_[static_cast<size_t>(best)];
+    if (score_gap >= max_score_gap || weight(expert) - weight(best) >= max_weight_gap) break;
     expert = best;
     is_taken_[static_cast<size_t>(best)] = 1;
     ++num_changed;
   }
-  counts.changed += num_changed;
-  total_.changed += num_changed;
   return num_changed;
 }
 

@@ -10,7 +10,7 @@
 namespace expertflow {
 
 struct BiasOptions {
-  float strength = 0.0f;  // the largest bias, in mean ranges of the layer's scores
+  float strength = 0.0f;  // of the bias, in mean ranges of the layer's scores
   int32_t keep_top = 0;   // a token's best experts that stay whatever is resident
   double budget = 0.0;    // the largest share of routes that may change
 };
@@ -22,16 +22,19 @@ struct RouteCounts {
 
 // Routes tokens to resident experts where the router hardly prefers others: lossy, fewer misses.
 //
-//   range = running mean over tokens of (largest - smallest selection score), for each layer
-//   bias  = range * min(strength, credit / 512)
-//   swap a missing expert for a resident one while score(missing) - score(resident) < bias
+//   range  = running mean over tokens of (largest - smallest selection score), for each layer
+//   credit = budget * routes - changed routes
+//   swap a missing expert for a resident one while
+//     score(missing) - score(resident) < strength * range  and
+//     weight(missing) - weight(resident) < credit / 512    and  credit >= 1
 //
-// That is the top-k of scores that are raised by the bias on resident experts and on the keep_top
-// best: the cache-prior of Skliar et al., "Mixture of Cache-Conditional Experts for Efficient
-// Mobile Device Inference" (2024, arXiv:2412.00099). The scores are those that the family selects
-// by: the logits, or sigmoids with correction bias. The token's groups are chosen without the bias.
-// Ours is the budget: `credit` is how many routes may still change. Within a layer the smallest gap
-// goes first; across layers and tokens the bias settles where it spends what the budget gives.
+// The first condition gives the top-k of scores that are raised by strength * range on resident
+// experts and on the keep_top best: the cache-prior of Skliar et al., "Mixture of Cache-Conditional
+// Experts for Efficient Mobile Device Inference" (2024, arXiv:2412.00099). The scores are those
+// that the family selects by: the logits, or sigmoids with correction bias. The token's groups are
+// chosen without the bias. Ours is the budget and the second condition: weights are shares of what
+// the token's own experts weigh together, and the price settles where it spends what the budget
+// gives, so that changes go where they move the least weight, across layers and tokens.
 //
 // Not thread-safe. Allocates nothing after construction.
 class BiasedRouter {
@@ -66,6 +69,9 @@ class BiasedRouter {
   float MeanRange(size_t layer);
   // Fills `places_` with those that may change, the one with the smallest score first.
   void CollectMissing(std::span<const int64_t> expert_ids);
+  // Changes the ids at `places_`, and returns how many.
+  int64_t Swap(std::span<const float> logits, std::span<int64_t> expert_ids, float max_score_gap,
+               double credit);
   // The best resident expert that the token may take and has not; -1 if there is none.
   int64_t BestResident() const;
 

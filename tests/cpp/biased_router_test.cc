@@ -111,23 +111,36 @@ TEST_F(BiasedRouterTest, WhatIsFetchedForOneTokenServesTheNext) {
   EXPECT_THAT(Reroute(logits, {1, 0, 0, 0}, {0, 2, 0, 1}), ElementsAre(0, 2, 0, 2));
 }
 
-TEST_F(BiasedRouterTest, TheBiasFadesWithTheCredit) {
-  const BiasOptions options{.strength = 0.5f, .keep_top = 1, .budget = 0.5};
-  const auto largest_gap = [&](size_t num_tokens) {
-    BiasedRouter router({.num_experts = 4, .top_k = 2}, 1, {}, options);
-    SaveCredit(router, 4, 2, num_tokens);
-    for (float gap = 5.0f; gap > 0.0f; gap -= 0.1f) {
-      BiasedRouter copy = router;
-      Ids ids = {0, 1};
-      if (copy.Reroute(0, std::vector<float>{10, 5, 5 - gap, 0}, Mask{1, 0, 1, 0}, ids) > 0) {
-        return gap;
-      }
-    }
-    return 0.0f;
+// Of two equal experts each weighs a half; one with a logit that is smaller by g weighs
+// exp(-g) / 2. With a credit of c the swap may move c / 512 of the weight.
+TEST(BiasedRouterCreditTest, TheLessThereIsTheLessWeightMayMove) {
+  const auto changes = [](size_t credit, float weight_gap) {
+    BiasedRouter router({.num_experts = 4, .top_k = 2}, 1, {},
+                        {.strength = 1.0f, .keep_top = 1, .budget = 0.5});
+    SaveCredit(router, 4, 2, credit - 1);
+    Ids ids = {0, 1};
+    const float other = 1.0f + std::log(1.0f - 2.0f * weight_gap);
+    return router.Reroute(0, std::vector<float>{1, 1, other, -9}, Mask{1, 0, 1, 0}, ids) == 1;
   };
-  EXPECT_GT(largest_gap(8), 0.0f);
-  EXPECT_LT(2 * largest_gap(8), largest_gap(32));
-  EXPECT_LT(largest_gap(32), largest_gap(1000));
+  for (const size_t credit : {size_t{8}, size_t{32}, size_t{128}}) {
+    EXPECT_TRUE(changes(credit, 0.98f * static_cast<float>(credit) / 512.0f));
+    EXPECT_FALSE(changes(credit, 1.02f * static_cast<float>(credit) / 512.0f));
+  }
+}
+
+// The sigmoids are .5, .4 and .3: the swap moves .1 / .9 of the weight, whatever the correction.
+TEST(BiasedRouterCreditTest, SigmoidsWeighWithoutTheCorrection) {
+  const RoutingRule rule{.num_experts = 3, .top_k = 2, .is_sigmoid = true};
+  const auto logit = [](float x) { return std::log(x / (1.0f - x)); };
+  const std::vector<float> logits = {logit(0.5f), logit(0.4f), logit(0.3f)};
+  for (const size_t credit : {size_t{56}, size_t{58}}) {  // of 512, and 56.9 is the border
+    BiasedRouter router(rule, 1, {0.3f, 0.0f, 0.0f},
+                        {.strength = 9.0f, .keep_top = 1, .budget = 0.5});
+    SaveCredit(router, 3, 2, credit - 1);
+    Ids ids = {0, 1};
+    router.Reroute(0, logits, Mask{1, 0, 1}, ids);
+    EXPECT_THAT(ids, ElementsAre(0, credit == 58 ? 2 : 1));
+  }
 }
 
 TEST(BiasedRouterGroupsTest, NobodyComesFromAnotherGroup) {

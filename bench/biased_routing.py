@@ -22,12 +22,13 @@ from expertflow import BiasedRouting
 
 WINDOW_TOKENS = 512
 PROMPT_TOKENS = 17  # more than biased routing changes
-# keep_top, strength, budget: where the budget decides, and the cache-prior without one.
+# keep_top, strength, budget: where the budget decides, where both do, and without a budget.
 SETTINGS = (
     (1, 1.0, 0.02),
     (1, 1.0, 0.05),
     (1, 1.0, 0.1),
     (1, 1.0, 0.2),
+    (1, 0.1, 0.1),
     (1, 0.05, 1.0),
     (1, 0.1, 1.0),
 )

@@ -10,7 +10,8 @@ foreach(source ${tests})
     continue()
   endif()
   add_executable(${name} "${source}")
-  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/tests/cpp")
+  target_include_directories(${name} PRIVATE
+    "${PROJECT_SOURCE_DIR}/tests/cpp" "${PROJECT_SOURCE_DIR}/bench/cpp")
   target_link_libraries(${name} PRIVATE ${EXPERTFLOW_LAYERS} expertflow_flags
     GTest::gmock GTest::gtest_main)
   gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 300)

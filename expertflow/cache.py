@@ -118,6 +118,7 @@ class ExpertCache:
         self.decay = decay
         self.num_threads = num_threads
         self.mlp_hidden = mlp_hidden
+        self._chosen_horizon: str | int = "auto"
         # For compiled graphs, which know a layer by its number only.
         self.layers: weakref.WeakValueDictionary[int, StreamedExperts] = (
             weakref.WeakValueDictionary()
@@ -185,6 +186,7 @@ class ExpertCache:
             device=self.device,
             mlp_hidden=self.mlp_hidden,
         )
+        cache.set_horizon(self._chosen_horizon)
         cache.biased_router = self.biased_router
         return cache
 
@@ -253,6 +255,54 @@ class ExpertCache:
         with self.lock:
             ops.prefetch(self.handle, ids, layer, distance)
 
+    def set_horizon(self, horizon: str | int) -> None:
+        """Choose how many layers ahead `begin_prefetch` looks.
+
+        "auto", as at first: what measured bandwidth, compute time and the fate of earlier
+        prefetches call for, down to none where prefetching does not pay. Or a number from 0 to 8:
+        so many, and the top-k experts of each. The policy "on_demand" prefetches nothing.
+
+        Raises:
+            ValueError: neither.
+        """
+        if horizon == "auto":
+            self._core.set_horizon(_core.AUTO_HORIZON)
+        elif isinstance(horizon, int) and 0 <= horizon <= _core.MAX_HORIZON:
+            self._core.set_horizon(horizon)
+        else:
+            raise ValueError(
+                f'horizon={horizon!r} is neither "auto" nor 0 to {_core.MAX_HORIZON} layers'
+            )
+        self._chosen_horizon = horizon
+
+    @property
+    def horizon(self) -> int:
+        """How many layers ahead the last `begin_prefetch` looked."""
+        return self._core.horizon
+
+    def begin_prefetch(self) -> int:
+        """Return how many layers ahead to foresee, for the layer that was planned last.
+
+        Takes in what was measured up to that plan. 0: nothing is to be prefetched now, as for
+        prompts, before bandwidth and compute time are known, and where it does not pay.
+        """
+        with self.lock:
+            return self._core.begin_prefetch()
+
+    def prefetch_predicted(self, need: NDArray[np.float32]) -> int:
+        """Fetch what is worth it of what later layers will probably need; after `begin_prefetch`.
+
+        Args:
+            need: [distances, experts]: row d - 1 has the probability that the MoE layer d after
+                the one planned last needs each expert. Past the last layer those of the next token
+                follow, layer 0 first. Rows beyond the horizon are ignored.
+
+        Returns:
+            How many experts were posted: nearer layers first, the more probable expert first.
+        """
+        with self.lock:
+            return self._core.prefetch_predicted(need)
+
     def residents(self, layer: int) -> NDArray[np.uint8]:
         """[experts]: 1 if the expert of `layer` is in a slot, or on its way to one."""
         return self._core.residents(layer)
@@ -262,8 +312,10 @@ class ExpertCache:
 
         hits, late_hits (a prefetch was still under way), misses: experts needed, each once per
         forward pass of its layer; demand_bytes, prefetch_bytes, wasted_prefetch_bytes; evictions;
-        stall_us, the time that computation waited for experts; routes that biased routing could
-        have changed, and changed_routes, 0 if routing is exact.
+        stall_us, the time that computation waited for experts. In total only: prefetches_used, and
+        of these prefetch_hits, which were there in time; prefetches_wasted, evicted without a use;
+        horizon, how many layers ahead is prefetched now. routes that biased routing could have
+        changed, and changed_routes, are 0 if routing is exact.
         """
         statistics = self._core.statistics()
         counts = [(0, 0)] * self.num_layers

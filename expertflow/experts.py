@@ -8,9 +8,11 @@ same bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,9 +22,29 @@ from .errors import UnsupportedModelError
 from .grouped import GroupedMlp, can_group, compute_grouped
 from .unsupported import refuse_conversion
 
-# Given a layer's number and its router input [tokens, hidden]: pairs of (distance in MoE layers,
-# ids of the experts that the layer so far ahead will probably need, the most probable first).
-Predictor = Callable[[int, Tensor], Iterable[tuple[int, Tensor]]]
+
+class NeedPredictor(Protocol):
+    """Foresees how probable it is that later layers need each expert; the cache decides the rest.
+
+    `ExpertPredictor` is one.
+    """
+
+    def foresee(self, layer: int, hidden_states: Tensor, max_distance: int) -> NDArray[np.float32]:
+        """Return [at most max_distance, experts], row d - 1 for the layer d after `layer`.
+
+        `hidden_states` are the router inputs [tokens, hidden] of `layer`.
+        """
+        ...
+
+    def learn(self, layer: int) -> None:
+        """Learn from how `layer`, which was given last, routes. Its prefetches are on their way."""
+        ...
+
+
+# Or a function which decides itself. Given a layer's number and its router input [tokens, hidden]:
+# pairs of (distance in MoE layers, ids of the experts to fetch for the layer so far ahead, the most
+# probable first).
+Predictor = NeedPredictor | Callable[[int, Tensor], Iterable[tuple[int, Tensor]]]
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
 
@@ -151,10 +173,15 @@ def prefetch_foreseen(
     """Fetch what `predictor` expects of later layers, behind what `layer` waits for."""
     if predictor is None:
         return
-    for distance, expert_ids in predictor(layer, hidden_states):
-        target = layer + distance
-        if target < cache.num_layers:
-            cache.prefetch(target, expert_ids, distance)
+    if callable(predictor):
+        for distance, expert_ids in predictor(layer, hidden_states):
+            target = layer + distance
+            if target < cache.num_layers:
+                cache.prefetch(target, expert_ids, distance)
+        return
+    horizon = cache.begin_prefetch()
+    cache.prefetch_predicted(predictor.foresee(layer, hidden_states, horizon))
+    predictor.learn(layer)
 
 
 class StreamedExperts(nn.Module):

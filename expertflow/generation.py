@@ -52,6 +52,8 @@ class Generation:
             "demand_bytes": self.statistics["demand_bytes"],
             "prefetch_bytes": self.statistics["prefetch_bytes"],
             "wasted_prefetch_bytes": self.statistics["wasted_prefetch_bytes"],
+            "prefetch_hits": self.statistics["prefetch_hits"],
+            "horizon": self.statistics["horizon"],
             "routes": self.statistics["routes"],
             "changed_routes": self.statistics["changed_routes"],
             "expert_cache_bytes": self.expert_cache_bytes,

@@ -28,15 +28,13 @@ from .experts import StreamedExperts, refuse_loading_experts
 from .families import transformers_lock
 from .memory import available_memory
 from .model_info import OpenedModel, open_model
-from .predictor import ExpertPredictor, predictor_bytes
+from .predictor import MAX_DISTANCE, ExpertPredictor, predictor_bytes
 from .streamed_model import streamed_model_class
 from .unsupported import chosen_device, refuse_arguments
 
 logger = logging.getLogger(__name__)
 
 _POOLS = ("ram", "file")
-_PREFETCH = ("auto", False)
-_MAX_DISTANCE = 4  # layers that prefetching looks ahead
 _POLL_SECONDS = 0.1
 
 
@@ -52,7 +50,7 @@ def from_pretrained(
     dtype: str | torch.dtype | None = "auto",
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
-    prefetch: str | bool = False,
+    prefetch: str | int = False,
     routing: str | BiasedRouting = "exact",
     progress: bool = True,
     **transformers_kwargs: Any,
@@ -80,7 +78,9 @@ def from_pretrained(
         ram_limit: memory to assume to be available, instead of what system and cgroup say.
         num_threads: threads that fetch experts.
         prefetch: "auto" to foresee which experts the next layers will need, learning while the
-            model runs, and to fetch them early; False to fetch only what is needed.
+            model runs, and to fetch those early that are worth it, as far ahead as measured times
+            and bandwidth call for; 1 to 8 for so many layers ahead, the top-k experts of each;
+            False to fetch only what is needed.
         routing: "exact", or a `BiasedRouting` to change a part of the routes in favour of experts
             in the cache. That changes what the model says: see docs/cache-aware-routing.md.
         progress: show progress bars.
@@ -107,9 +107,8 @@ def from_pretrained(
         raise ValueError(f"pool={pool!r} is unknown. Use one of: {', '.join(_POOLS)}.")
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
+    _check_prefetch(prefetch)
     check_routing(routing)
-    if prefetch not in _PREFETCH:
-        raise ValueError(f'prefetch={prefetch!r} is unknown. Use "auto" or False.')
     streamed, loading_info = load_opened_model(
         open_model(path, dtype, arguments),
         expert_cache=expert_cache,
@@ -120,7 +119,7 @@ def from_pretrained(
         pin_memory=pin_memory,
         ram_limit=ram_limit,
         num_threads=num_threads,
-        prefetch=bool(prefetch),
+        prefetch=prefetch,
         routing=routing,
         progress=progress,
     )
@@ -139,7 +138,7 @@ def load_opened_model(
     progress: bool,
     pin_memory: bool | None = None,
     num_threads: int | None = None,
-    prefetch: bool = False,
+    prefetch: str | int = False,
     routing: str | BiasedRouting = "exact",
 ) -> tuple[Any, dict[str, Any]]:
     """The second half of `from_pretrained`: check sizes, then read.
@@ -182,16 +181,28 @@ def load_opened_model(
     streamed.sizes, streamed.ram_limit, streamed.pool = model.sizes, ram_limit, pool
     streamed.requires_grad_(False)
     if prefetch:
-        streamed.set_predictor(ExpertPredictor.for_model(streamed, max_distance=_MAX_DISTANCE))
+        streamed.expert_cache.set_horizon(prefetch)
+        streamed.set_predictor(ExpertPredictor.for_model(streamed))
     streamed.set_routing(routing)
     return streamed, loading_info
+
+
+def _check_prefetch(prefetch: str | int) -> None:
+    if prefetch is False or prefetch == "auto":
+        return
+    is_number = isinstance(prefetch, int) and prefetch is not True
+    if not is_number or not 1 <= int(prefetch) <= MAX_DISTANCE:
+        raise ValueError(
+            f'prefetch={prefetch!r} is unknown. Use "auto", a number of layers from 1 to '
+            f"{MAX_DISTANCE}, or False."
+        )
 
 
 def _with_predictor(size: CacheSize, config: Any) -> CacheSize:
     """Count a predictor, which is in RAM on every device, among the rest of the model."""
     model, text = size.model, config.get_text_config()
     num_bytes = predictor_bytes(
-        model.num_layers, model.num_experts, text.hidden_size, _MAX_DISTANCE, text.vocab_size
+        model.num_layers, model.num_experts, text.hidden_size, MAX_DISTANCE, text.vocab_size
     )
     counted = dataclasses.replace(model, other_bytes=model.other_bytes + num_bytes)
     return dataclasses.replace(size, model=counted)

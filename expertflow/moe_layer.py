@@ -26,7 +26,8 @@ class MoELayer(nn.Module):
         layer: which of the cache's MoE layers this is.
         activation: of the gate; default SiLU.
         normalize: scale the weights of a token's experts to a sum of 1.
-        predictor: foresees what later layers need; None prefetches nothing.
+        predictor: foresees what later layers need: an `ExpertPredictor`, or see `Predictor`; None
+            prefetches nothing.
     """
 
     def __init__(

@@ -25,17 +25,16 @@ _MAX_TOKEN_BUCKETS = 8192
 # Rows that are predicted and learned from in one pass, the last of each sequence and at least one:
 # a long prompt must not cost more than the experts it routes to.
 _MAX_ROWS = 8
-_MIN_NEED = 0.4  # an expert less probable than this is not worth a place in the cache
 _FORMAT = "expertflow-predictor-1"
 
 
 class ExpertPredictor:
     """Predicts for each MoE layer what the layers behind it will need.
 
-    An instance is a `predictor` for `MoELayer`: call it with a layer's number and its router input,
-    layer by layer, and it returns what to prefetch. Each call also teaches it: it compares what it
-    foresaw for this layer with how the layer routes. It belongs to one model. Passes of several
-    threads may take turns, but what they teach is then worth less.
+    An instance is a `predictor` for `MoELayer`: for each layer in turn, `foresee` says from its
+    router input what the layers behind it will need, and `learn` compares what was foreseen for
+    this layer with how it routes. It belongs to one model. Passes of several threads may take
+    turns, but what they teach is then worth less.
 
     Args:
         routers: of the model, see `find_routers`.
@@ -69,8 +68,6 @@ class ExpertPredictor:
         self._router_norms = np.linalg.norm(routers.weights, axis=-1)  # tells models apart
         self.max_distance = max_distance
         self.num_token_buckets = num_token_buckets
-        # Layers ahead that are prefetched; whoever controls the horizon sets it between layers.
-        self.horizon = min(2, max_distance)
         self._token_ids: Tensor | None = None
         self._shape = (1, 1)  # of the pass: sequences, rows of each
         self._rows_kept = 1  # of each sequence
@@ -100,20 +97,14 @@ class ExpertPredictor:
         """Take the token ids [sequences, rows] of the pass that is about to begin."""
         self._token_ids = token_ids
 
-    def __call__(self, layer: int, hidden_states: Tensor) -> list[tuple[int, Tensor]]:
-        """Observe `layer`, and return what to prefetch for the next `horizon` layers.
-
-        Pairs of a distance and the ids of the experts that the layer so far ahead will probably
-        need, the most probable first.
-        """
-        self.observe(layer, hidden_states)
-        distances = range(1, min(self.horizon, self.num_distances) + 1)
-        return [(distance, _most_needed(self.need(distance))) for distance in distances]
-
-    def observe(self, layer: int, hidden_states: Tensor) -> None:
-        """Foresee from the router input [rows, hidden] of `layer`, and learn from how it routes.
+    def foresee(self, layer: int, hidden_states: Tensor, max_distance: int) -> NDArray[np.float32]:
+        """Foresee from the router input [rows, hidden] of `layer` what later layers will need.
 
         A layer that does not come after the last one, or has other rows, begins a new pass.
+
+        Returns:
+            [distances, experts], row d - 1 for the layer d after this one: of at most
+            `max_distance` layers, its own maximum, and those that are left.
         """
         num_rows = hidden_states.shape[0]
         if layer <= self._last_layer or num_rows != self._shape[0] * self._shape[1]:
@@ -121,12 +112,19 @@ class ExpertPredictor:
         self._last_layer = layer
         states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
         self._core.observe(layer, states.float().cpu().numpy())
-        self._core.predict(layer)
+        self._core.predict(layer)  # also for no distance: it learns from what it foresaw
+        needs = np.empty((min(max_distance, self.num_distances), self.num_experts), np.float32)
+        for row, need in enumerate(needs):
+            need[:] = self.need(row + 1)
+        return needs
+
+    def learn(self, layer: int) -> None:
+        """Learn from how `layer`, which was given to `foresee` last, routes."""
         self._core.learn(layer)
 
     @property
     def num_distances(self) -> int:
-        """How many layers ahead the last `observe` foresaw."""
+        """How many layers ahead the last `foresee` could have told."""
         return self._core.num_distances
 
     def need(self, distance: int) -> NDArray[np.float32]:
@@ -255,8 +253,3 @@ def predictor_bytes(
     num_buckets = min(_MAX_TOKEN_BUCKETS, vocabulary)
     floats_per_expert = num_pairs * num_features + num_layers * (hidden_size + num_buckets)
     return 4 * num_experts * floats_per_expert
-
-
-def _most_needed(need: NDArray[np.float32]) -> Tensor:
-    order = np.argsort(-need, kind="stable")
-    return torch.from_numpy(order[: int((need >= _MIN_NEED).sum())])

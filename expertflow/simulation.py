@@ -36,6 +36,7 @@ class Machine:
     cache_scope: str = "global"
     expert_share: float = 0.5
     chunk_bytes: int = 2 << 20
+    demand_chunk_bytes: int = 0  # of an expert that is needed now; 0: as the others
 
 
 class Simulation:
@@ -134,6 +135,7 @@ class Simulation:
             bytes_per_second=machine.link.bandwidth_gbps * 1e9,
             latency_ns=round(machine.link.latency_us * 1000),
             chunk_bytes=machine.chunk_bytes,
+            demand_chunk_bytes=machine.demand_chunk_bytes,
             layer_time_ns=round(machine.layer_time_us * 1000),
             expert_share=machine.expert_share,
             warmup_tokens=self._warmup_tokens,

@@ -187,25 +187,35 @@ def test_reset_starts_the_counts_and_the_budget_anew(biased):
 
 
 def test_the_predictor_learns_what_the_routers_wanted(biased, monkeypatch):
-    """It gets the same states whatever routes are changed to, and nothing else of the routing."""
+    """What it has learned follows from what the routers were given, not from what was changed."""
     model = biased("qwen3_moe", GREEDY)
-    predictor = expertflow.ExpertPredictor.for_model(model, max_distance=2)
+    routers = find_routers(model)
+    predictor = expertflow.ExpertPredictor(routers, max_distance=2, num_token_buckets=0)
+    alone = expertflow.ExpertPredictor(routers, max_distance=2, num_token_buckets=0)
+    given, horizons = [], []
+    foresee = predictor.foresee
+
+    def note_horizon(layer, states, horizon):
+        horizons.append((layer, horizon))
+        return foresee(layer, states, horizon)
+
+    monkeypatch.setattr(predictor, "foresee", note_horizon)
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    hooks = [
+        gate.register_forward_pre_hook(lambda _, seen: given.append(seen[0])) for gate in gates
+    ]
     model.set_predictor(predictor)
-    seen = []
-    observe = predictor.observe
-    monkeypatch.setattr(predictor, "observe", lambda *given: (seen.append(given), observe(*given)))
     generate(model, token_ids(20), 30)
     model.set_predictor(None)
+    for hook in hooks:
+        hook.remove()
     assert model.expert_cache.statistics()["changed_routes"] > 0
-    alone = expertflow.ExpertPredictor(find_routers(model), max_distance=2, num_token_buckets=0)
-    again = expertflow.ExpertPredictor(find_routers(model), max_distance=2, num_token_buckets=0)
-    for layer, states in seen:
-        alone.observe(layer, states)
-    model.set_routing("exact")
-    for layer, states in seen:
-        again.observe(layer, states)
-    for name, learned in alone._core.state.items():
-        assert (learned == again._core.state[name]).all()
+    for (layer, horizon), states in zip(horizons, given, strict=True):
+        alone.foresee(layer, states.view(-1, states.shape[-1]), horizon)
+        alone.learn(layer)
+    assert predictor._core.state["weights"].any()
+    for name, learned in predictor._core.state.items():
+        assert (learned == alone._core.state[name]).all()
 
 
 def test_a_compiled_model_is_biased_too(biased):

@@ -26,6 +26,8 @@ JSON_KEYS = {
     "demand_bytes",
     "prefetch_bytes",
     "wasted_prefetch_bytes",
+    "prefetch_hits",
+    "horizon",
     "routes",
     "changed_routes",
     "expert_cache_bytes",
@@ -47,6 +49,24 @@ def test_text_goes_to_stdout_and_figures_to_stderr(capsys: pytest.CaptureFixture
     assert captured.out == expected + "\n"
     assert "hit rate" in captured.err
     assert "stall/token" in captured.err
+
+
+def test_prefetch_changes_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = run_json(capsys, "--prefetch", "off")
+    assert (plain["horizon"], plain["prefetch_bytes"]) == (0, 0)
+    fixed = run_json(capsys, "--prefetch", "2")
+    assert fixed["horizon"] == 2
+    assert fixed["prefetch_bytes"] > 0
+    adaptive = run_json(capsys, "--prefetch", "auto")
+    assert 0 <= adaptive["horizon"] <= 8
+    assert plain["text"] == fixed["text"] == adaptive["text"]
+
+
+@pytest.mark.parametrize("bad", ["0", "9", "-1", "on", "1.5"])
+def test_bad_prefetch_is_refused(capsys: pytest.CaptureFixture[str], bad: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*GENERATE, f"--prefetch={bad}"])
+    assert f"{bad} is not auto, off or 1 to 8" in capsys.readouterr().err
 
 
 def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from random_experts import RandomExperts
@@ -151,6 +152,7 @@ def test_online_predictor_learns_what_to_fetch(experts):
     """Four tokens in turn, and every layer turns its input: the pre-gate knows nothing of it."""
     predictor = ExpertPredictor(Routers(ROUTERS.numpy(), TOP_K))
     cache = experts.cache(12)
+    cache.set_horizon(2)
     layers, plain = model(cache, predictor=predictor), model(experts.cache(24))
     foreseen = {}
     for step in range(400):
@@ -164,6 +166,41 @@ def test_online_predictor_learns_what_to_fetch(experts):
             if layer.layer < NUM_LAYERS - 1:
                 foreseen[layer.layer] = predictor.need(1)
     assert cache.statistics()["prefetch_bytes"] > 0
+
+
+class Foresight:
+    """Knows the next layer's experts, and notes what happens in which order."""
+
+    def __init__(self, cache, layers):
+        self.cache, self.layers, self.events = cache, layers, []
+
+    def foresee(self, layer, hidden, max_distance):
+        self.events.append(("foresee", layer, max_distance))
+        assert self.cache.statistics()["misses"] > 0, "the layer was planned before"
+        need = np.zeros((min(max_distance, 1), NUM_EXPERTS), np.float32)
+        if layer + 1 < NUM_LAYERS:
+            need[:, self.layers[layer + 1].route(hidden)[1].flatten()] = 0.99
+        return need
+
+    def learn(self, layer):
+        self.events.append(("learn", layer, self.cache.statistics()["prefetch_bytes"]))
+
+
+def test_predictor_of_needs_is_asked_as_far_as_the_horizon(experts):
+    cache = experts.cache(18)
+    cache.set_horizon(1)
+    layers = model(cache)
+    foresight = Foresight(cache, layers)
+    for layer in layers:
+        layer.predictor = foresight
+        layer(TOKENS[:1])
+    events = [(name, layer) for name, layer, _ in foresight.events]
+    assert events == [(name, layer) for layer in range(NUM_LAYERS) for name in ("foresee", "learn")]
+    assert {asked for name, _, asked in foresight.events if name == "foresee"} == {1}
+    total = cache.statistics()
+    assert total["misses"] == TOP_K  # of the first layer
+    assert total["prefetches_used"] == (NUM_LAYERS - 1) * TOP_K
+    assert total["horizon"] == 1
 
 
 def test_useless_predictor_changes_nothing(experts):

@@ -191,18 +191,34 @@ def test_rows_that_are_not_finite_teach_nothing(bad):
     assert all(np.isfinite(array).all() for array in predictor._core.state.values())
 
 
-def test_hook_returns_probable_experts_up_to_the_horizon():
+def run_layer(predictor, layer, hidden, max_distance=8):
+    need = predictor.foresee(layer, hidden, max_distance)
+    predictor.learn(layer)
+    return need
+
+
+def test_foresees_no_farther_than_it_is_asked_to():
     routers, hidden = plain_routers(), residual_stream(300, layers=4, hidden=24)
     predictor = ExpertPredictor(routers)
-    predictor.horizon = 2
     for states in torch.from_numpy(hidden):
         predictor.note_tokens(torch.tensor([[7]]))
-        foreseen = [predictor(layer, states[layer : layer + 1]) for layer in range(4)]
-    assert [[distance for distance, _ in layer] for layer in foreseen] == [[1, 2], [1, 2], [1], []]
-    assert all(0 < len(ids) < 16 for layer in foreseen for _, ids in layer)
+        needs = [run_layer(predictor, layer, states[layer : layer + 1], 2) for layer in range(4)]
+    assert [need.shape for need in needs] == [(2, 16), (2, 16), (1, 16), (0, 16)]
+    assert all(0 < (need > 0.4).sum() < need.size for need in needs[:3])
     assert predictor._core.state["token_counts"][:, 7].tolist() == [300.0] * 4
-    predictor.horizon = 0
-    assert predictor(0, torch.from_numpy(hidden[0, :1])) == []
+    assert predictor.foresee(0, torch.from_numpy(hidden[0, :1]), 0).shape == (0, 16)
+
+
+def test_learns_the_same_whatever_it_is_asked():
+    hidden = torch.from_numpy(residual_stream(40, layers=4, hidden=24))
+    predictors = [ExpertPredictor(plain_routers()) for _ in range(2)]
+    for states in hidden:
+        for layer in range(4):
+            for predictor, max_distance in zip(predictors, (0, 8), strict=True):
+                run_layer(predictor, layer, states[layer : layer + 1], max_distance)
+    ours, theirs = (predictor._core.state for predictor in predictors)
+    assert ours["weights"].any()
+    assert all((array == theirs[name]).all() for name, array in ours.items())
 
 
 def test_hook_takes_the_last_rows_of_each_sequence():
@@ -211,7 +227,7 @@ def test_hook_takes_the_last_rows_of_each_sequence():
     hidden = torch.randn(2 * 50, 24)
     predictor.note_tokens(torch.arange(100).view(2, 50))
     for layer in range(4):
-        predictor(layer, hidden)
+        run_layer(predictor, layer, hidden)
     seen = predictor._core.state["token_counts"][0].nonzero()[0].tolist()
     assert seen == [46, 47, 48, 49, 96, 97, 98, 99]
 
@@ -221,7 +237,7 @@ def test_passes_that_take_turns_do_no_harm():
     predictor = ExpertPredictor(plain_routers())
     for layer, rows in [(0, 1), (1, 1), (2, 5), (3, 1), (0, 2), (1, 3), (1, 3), (3, 1)]:
         predictor.note_tokens(torch.tensor([[-1]]) if layer == 3 else torch.tensor([[1, 2, 3]]))
-        predictor(layer, torch.randn(rows, 24))
+        run_layer(predictor, layer, torch.randn(rows, 24))
         assert predictor.num_distances == 3 - layer
     assert predictor._core.state["token_counts"].sum(0)[1:4].tolist() == [2, 2, 2]
 

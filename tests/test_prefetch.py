@@ -1,5 +1,6 @@
 """Models that prefetch what a predictor foresees: the same bits, and experts that arrive early."""
 
+import numpy as np
 import pytest
 import torch
 from streamed import EVERYTHING_CACHED, CacheOptions, generate, logits, same_bits, token_ids, use
@@ -42,15 +43,15 @@ def outputs(model):
 def test_prefetching_changes_no_bit(tiny_streamed, predicting, family, size):
     expected = outputs(use(tiny_streamed(family), EVERYTHING_CACHED))
     model = predicting(family, CacheOptions(size))
-    for horizon in (1, 3):
-        model.predictor.horizon = horizon
+    for horizon in ("auto", 1, 3):
+        model.expert_cache.set_horizon(horizon)
         assert same_bits(outputs(model), expected)
     assert size == "smallest" or model.expert_cache.statistics()["prefetch_bytes"] > 0
 
 
 def test_horizon_0_prefetches_nothing_and_learns(predicting):
     model = predicting("qwen3_moe", CacheOptions("50%"))
-    model.predictor.horizon = 0
+    model.expert_cache.set_horizon(0)
     generate(model, PROMPTS, 5)
     assert model.expert_cache.statistics()["prefetch_bytes"] == 0
     assert model.predictor._core.state["weights"].any()
@@ -81,7 +82,7 @@ def test_a_compiled_model_prefetches_too(predicting):
 def test_from_pretrained_makes_saves_and_loads_a_predictor(tiny_checkpoint, tmp_path):
     path = tiny_checkpoint("deepseek_v3")
     options = {"expert_cache": "50%", "progress": False}
-    model = expertflow.from_pretrained(path, prefetch="auto", **options)
+    model = expertflow.from_pretrained(path, prefetch=3, **options)
     generate(model, PROMPTS, 8)
     assert model.expert_cache.statistics()["prefetch_bytes"] > 0
     model.save_predictor(tmp_path / "learned")
@@ -95,8 +96,9 @@ def test_from_pretrained_makes_saves_and_loads_a_predictor(tiny_checkpoint, tmp_
     plain = expertflow.from_pretrained(path, **options)
     with pytest.raises(ValueError, match='prefetch="auto"'):
         plain.save_predictor(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="prefetch=True"):
-        expertflow.from_pretrained(path, prefetch=True, **options)
+    for bad in (True, 0.5, 9, -1, "2"):
+        with pytest.raises(ValueError, match=f"prefetch={bad!r} is unknown"):
+            expertflow.from_pretrained(path, prefetch=bad, **options)
     same_sizes = expertflow.from_pretrained(tiny_checkpoint("glm4_moe"), prefetch="auto", **options)
     with pytest.raises(ValueError, match="another model"):
         same_sizes.load_predictor(tmp_path / "learned")
@@ -104,8 +106,52 @@ def test_from_pretrained_makes_saves_and_loads_a_predictor(tiny_checkpoint, tmp_
     half.load_predictor(tmp_path / "learned")
 
 
+def test_every_way_to_prefetch_gives_the_same_bits_and_tells_its_horizon(tiny_checkpoint):
+    path = tiny_checkpoint("olmoe")
+    models = {
+        prefetch: expertflow.from_pretrained(
+            path, expert_cache="50%", prefetch=prefetch, progress=False
+        )
+        for prefetch in (False, "auto", 1, 2)
+    }
+    expected = outputs(models[False])
+    assert models[False].expert_cache.statistics()["prefetch_bytes"] == 0
+    for prefetch in ("auto", 1, 2):
+        cache = models[prefetch].expert_cache
+        assert same_bits(outputs(models[prefetch]), expected)
+        statistics = cache.statistics()
+        assert statistics["horizon"] == cache.horizon
+        assert statistics["prefetch_hits"] <= statistics["prefetches_used"]
+        if prefetch == "auto":
+            assert 1 <= cache.horizon <= 8  # the copies are far faster than the layers
+        else:
+            assert cache.horizon == prefetch
+            assert statistics["prefetches_used"] + statistics["prefetches_wasted"] > 0
+        logits(models[prefetch], PROMPTS)
+        assert cache.horizon == 0, "prompts prefetch nothing"
+
+
+def test_on_demand_prefetches_nothing(predicting):
+    model = predicting("qwen3_moe", CacheOptions("50%", policy="on_demand"))
+    model.expert_cache.set_horizon(2)
+    generate(model, PROMPTS, 5)
+    assert model.expert_cache.statistics()["prefetch_bytes"] == 0
+
+
+def test_a_wrong_horizon_or_need_is_refused(tiny_streamed):
+    cache = use(tiny_streamed("qwen3_moe"), CacheOptions("50%")).expert_cache
+    for bad in (-1, 9, 1.5, "all"):
+        with pytest.raises(ValueError, match=f"horizon={bad!r} is neither"):
+            cache.set_horizon(bad)
+    for shape in ((8,), (2, 7), (1, 2, 8)):
+        with pytest.raises(ValueError, match=r"need must be \[distances, 8\]"):
+            cache.prefetch_predicted(np.zeros(shape, np.float32))
+    assert cache.prefetch_predicted(np.zeros((0, 8), np.float32)) == 0
+
+
 def test_set_expert_cache_keeps_the_predictor(predicting):
     model = predicting("qwen3_moe")
+    model.expert_cache.set_horizon(2)
     predictor = model.predictor
     use(model, CacheOptions("50%"))
     generate(model, PROMPTS, 5)
@@ -118,7 +164,7 @@ def test_memory_of_the_predictor_is_counted(tiny_checkpoint):
     options = {"pool": "file", "progress": False}
     model = expertflow.from_pretrained(path, prefetch="auto", **options)
     held = sum(array.nbytes for array in model.predictor._core.state.values())
-    counted = predictor_bytes(3, 8, 32, 4, VOCAB_SIZE)
+    counted = predictor_bytes(3, 8, 32, 8, VOCAB_SIZE)
     assert 0 < counted - held < 0.3 * counted
     limit = model.sizes.expert_bytes_total // 4 + model.sizes.other_bytes
     expertflow.from_pretrained(path, ram_limit=limit, **options)

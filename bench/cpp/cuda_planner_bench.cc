@@ -5,19 +5,28 @@
 // one before it ends, an empty kernel does not. Medians.
 //
 // Routing is uniform or skewed (bench/cpp/routes.h), so that about 25, 50 and 75 % of the experts
-// are resident, or walks in a circle, so that none is. "to_host" also writes the plans to mapped
-// host memory.
+// are resident, walks in a circle, so that none is, or stays, so that all are. "to_host" also
+// writes the plans to mapped host memory, "learns" also enqueues what the policy learns, behind
+// each plan.
+//
+// "PlanPhases" says where the time goes, in clock cycles a layer (see cuda_planner_phases.h):
+// `wait` for the kernel before, `ids` until they are known, `rank` until all slots are read and
+// ranked, `count` of hits and misses, `select` the victims, `finish` the stores. `sum` is all but
+// the wait; what us_per_layer of the kernel has above it is the end of a kernel and the start of
+// the next.
 
 #include <benchmark/benchmark.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "core/plan_phase.h"
 #include "core/planner.h"
 #include "cuda/cuda_error.h"
 #include "cuda/device_memory.h"
@@ -26,6 +35,7 @@
 #include "cuda/pinned_memory.h"
 #include "cuda/stream.h"
 #include "cuda_empty_kernel.h"
+#include "cuda_planner_phases.h"
 #include "routes.h"
 
 namespace expertflow {
@@ -86,14 +96,22 @@ LayerStatistics Total(const std::vector<LayerStatistics>& layers) {
   return total;
 }
 
+struct GraphOptions {
+  PolicyKind policy;
+  bool to_host = false;
+  bool learns = false;              // also what the policy learns, behind every plan
+  int64_t* phase_cycles = nullptr;  // if not null, with LaunchTimedPlanLayer
+};
+
 // One graph that plans all routes once.
 class PlannedRoutes {
  public:
-  PlannedRoutes(const Routes& routes, PolicyKind policy, bool to_host)
+  PlannedRoutes(const Routes& routes, const GraphOptions& options)
       : planner_(kShape.num_layers, kShape.num_experts, kNumSlots,
-                 {.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy}),
+                 {.top_k = kShape.top_k, .expert_bytes = 1, .policy = options.policy}),
+        options_(options),
         ids_(CopyToDevice(routes)),
-        host_plan_(to_host ? reinterpret_cast<LayerPlan*>(host_memory_.data()) : nullptr),
+        host_plan_(options.to_host ? reinterpret_cast<LayerPlan*>(host_memory_.data()) : nullptr),
         graph_([this](cudaStream_t stream) { Enqueue(stream); }) {}
 
   TimedGraph& graph() { return graph_; }
@@ -110,14 +128,28 @@ class PlannedRoutes {
 
   void Enqueue(cudaStream_t stream) {
     const auto* ids = reinterpret_cast<const int64_t*>(ids_.data());
+    auto* plan = reinterpret_cast<LayerPlan*>(plan_.data());
     for (int i = 0; i < kNumLaunches; ++i) {
-      planner_.PlanLayer(i % kShape.num_layers, {ids + i * kShape.top_k, nullptr, kShape.top_k},
-                         reinterpret_cast<LayerPlan*>(plan_.data()), host_plan_,
-                         MissFetch::kSameStream, stream);
+      const int32_t layer = i % kShape.num_layers;
+      const RoutedIds routed{ids + i * kShape.top_k, nullptr, kShape.top_k};
+      if (options_.phase_cycles == nullptr) {
+        planner_.PlanLayer(layer, routed, plan, host_plan_, MissFetch::kSameStream, stream);
+      } else {
+        LaunchTimedPlanLayer(planner_.planning(),
+                             {.layer = layer,
+                              .ids = routed,
+                              .fetch = MissFetch::kSameStream,
+                              .clock = planner_.clock(),
+                              .plan = plan,
+                              .host_plan = nullptr},
+                             options_.phase_cycles, stream);
+      }
+      if (options_.learns) planner_.Learn(layer, stream);
     }
   }
 
   DevicePlanner planner_;
+  GraphOptions options_;
   DeviceMemory ids_;
   DeviceMemory plan_{sizeof(LayerPlan), "a plan"};
   PinnedMemory host_memory_{sizeof(LayerPlan)};
@@ -125,8 +157,8 @@ class PlannedRoutes {
   TimedGraph graph_;
 };
 
-void PlanLayer(benchmark::State& state, const Routes& routes, PolicyKind policy, bool to_host) {
-  PlannedRoutes planned(routes, policy, to_host);
+void PlanLayer(benchmark::State& state, const Routes& routes, const GraphOptions& options) {
+  PlannedRoutes planned(routes, options);
   TimedGraph empty([](cudaStream_t stream) {
     for (int i = 0; i < kNumLaunches; ++i) LaunchEmptyKernel(stream);
   });
@@ -148,6 +180,55 @@ void PlanLayer(benchmark::State& state, const Routes& routes, PolicyKind policy,
   state.counters["hit_rate"] = hits / (hits + misses);
 }
 
+using PhaseCycles = std::array<int64_t, kNumPlanPhases>;
+
+void PlanPhases(benchmark::State& state, const Routes& routes, PolicyKind policy) {
+  DeviceMemory memory(sizeof(PhaseCycles), "phases");
+  auto* in_memory = reinterpret_cast<int64_t*>(memory.data());
+  PlannedRoutes planned(routes, {.policy = policy, .phase_cycles = in_memory});
+  for (int i = 0; i < 3; ++i) planned.graph().RunUs();
+  PhaseCycles cycles{};
+  EXPERTFLOW_CUDA_CHECK(cudaMemcpy(in_memory, cycles.data(), sizeof cycles, cudaMemcpyDefault));
+  std::vector<double> us;
+  for (auto _ : state) {
+    us.push_back(planned.graph().RunUs() / kNumLaunches);
+    state.SetIterationTime(us.back() * kNumLaunches * 1e-6);
+  }
+  EXPERTFLOW_CUDA_CHECK(cudaMemcpy(cycles.data(), in_memory, sizeof cycles, cudaMemcpyDefault));
+  const auto mean = [&](PlanPhase phase) {
+    return static_cast<double>(cycles[static_cast<size_t>(phase)]) / kNumLaunches /
+           static_cast<double>(us.size());
+  };
+  static constexpr struct {
+    const char* name;
+    PlanPhase phase;
+  } kPhases[] = {{"1_ids", PlanPhase::kRouted},
+                 {"2_rank", PlanPhase::kRanked},
+                 {"3_count", PlanPhase::kCounted},
+                 {"4_select", PlanPhase::kSelected},
+                 {"5_finish", PlanPhase::kDone}};
+  double sum = 0.0;
+  state.counters["0_wait"] = mean(PlanPhase::kReleased);
+  for (const auto& [name, phase] : kPhases) {
+    state.counters[name] = mean(phase);
+    sum += mean(phase);
+  }
+  state.counters["6_sum"] = sum;
+  state.counters["us_per_layer"] = Median(us);
+}
+
+// Every token as the first one.
+Routes StayingRoutes() {
+  RoutesShape one_token = kShape;
+  one_token.num_tokens = 1;
+  const Routes first = SkewedRoutes(one_token, 0.0, 0.0);
+  Routes routes;
+  for (int32_t token = 0; token < kShape.num_tokens; ++token) {
+    routes.insert(routes.end(), first.begin(), first.end());
+  }
+  return routes;
+}
+
 void RegisterAll() {
   const GpuList list = ListGpus();
   if (list.gpus.empty()) {
@@ -161,19 +242,24 @@ void RegisterAll() {
   } routings[] = {{"uniform", SkewedRoutes(kShape, 0.0, 0.0)},
                   {"skewed", SkewedRoutes(kShape, 0.4, 0.3)},
                   {"very_skewed", SkewedRoutes(kShape, 0.8, 0.5)},
-                  {"all_misses", CircularRoutes(kShape)}};
+                  {"all_misses", CircularRoutes(kShape)},
+                  {"all_hits", StayingRoutes()}};
+  const auto set_up = [](benchmark::internal::Benchmark* benchmark) {
+    benchmark->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(kNumIterations);
+  };
   for (const auto& routing : routings) {
     for (const std::string& policy : PolicyNames()) {
-      if (policy == "predicted_need") continue;  // the kernel has no learner
-      for (const bool to_host : {false, true}) {
-        const std::string name = std::string("PlanLayerOnGpu/") + routing.name + "/" + policy +
-                                 (to_host ? "/to_host" : "");
-        benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routing.routes, ParsePolicy(policy),
-                                     to_host)
-            ->UseManualTime()
-            ->Unit(benchmark::kMillisecond)
-            ->Iterations(kNumIterations);
-      }
+      const PolicyKind kind = ParsePolicy(policy);
+      const std::string row = std::string(routing.name) + "/" + policy;
+      const auto add = [&](const char* suffix, const GraphOptions& options) {
+        const std::string name = "PlanLayerOnGpu/" + row + suffix;
+        set_up(benchmark::RegisterBenchmark(name.c_str(), PlanLayer, routing.routes, options));
+      };
+      add("", {.policy = kind});
+      add("/to_host", {.policy = kind, .to_host = true});
+      if (kind == PolicyKind::kPredictedNeed) add("/learns", {.policy = kind, .learns = true});
+      set_up(benchmark::RegisterBenchmark(("PlanPhases/" + row).c_str(), PlanPhases, routing.routes,
+                                          kind));
     }
   }
 }

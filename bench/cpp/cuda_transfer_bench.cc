@@ -257,7 +257,7 @@ void BM_SubmitChunk(benchmark::State& state) {
     state.PauseTiming();
     std::iota(ids.begin(), ids.end(),
               static_cast<int64_t>(state.iterations() % kNumBatches) * kBatch);
-    control.BeginLayer(0, ids, 1);
+    control.BeginLayer(0, ids, 1, NowUs());
     state.ResumeTiming();
     while (control.HasChunk()) {
       const double begin_us = NowUs();

@@ -30,7 +30,6 @@ from expertflow import ExpertCache, _core, ops
 
 DEVICE = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
-CONTEXT = 1024  # tokens that attention looks back at
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Shape:
     is_gpt_oss: bool = False
     shared: int = 0  # intermediate size of shared experts
     dense: int = 0  # intermediate size of a dense layer before the others
+    context: int = 1024  # tokens that attention looks back at
 
     @property
     def segments(self) -> dict[str, tuple[int, ...]]:
@@ -91,8 +91,8 @@ class Layer:
         self.norm = torch.ones(shape.hidden, device=DEVICE, dtype=DTYPE)
         self.qkv = random_weight(width + 2 * kv_width, shape.hidden)
         self.out = random_weight(shape.hidden, width)
-        self.keys = random_weight(1, shape.kv_heads, CONTEXT, shape.head_dim)
-        self.values = random_weight(1, shape.kv_heads, CONTEXT, shape.head_dim)
+        self.keys = random_weight(1, shape.kv_heads, shape.context, shape.head_dim)
+        self.values = random_weight(1, shape.kv_heads, shape.context, shape.head_dim)
         self.router = random_weight(shape.experts, shape.hidden)
         self.mlps = []
         for size in ([shape.dense] if layer == 0 and shape.dense else []) + [shape.shared]:
@@ -365,7 +365,7 @@ def bench(shape: Shape, trace: np.ndarray, options: argparse.Namespace) -> None:
     print(
         f"\n{shape.name} on {torch.cuda.get_device_name()}: {shape.layers} x {shape.experts} "
         f"experts of {costs.expert_bytes / 2**20:.1f} MiB, top-{shape.top_k}, bf16, 1 token, "
-        f"context {CONTEXT}\nresident step {costs.resident * 1e3:.3f} ms (without experts "
+        f"context {shape.context}\nresident step {costs.resident * 1e3:.3f} ms (without experts "
         f"{costs.non_expert * 1e3:.3f}), one expert {costs.experts[1] * 1e6:.1f} us, {shape.top_k} "
         f"experts {costs.experts[-1] * 1e6:.1f} us, read-back {costs.readback * 1e6:.1f} us, raw "
         f"copies {costs.bandwidth / 1e9:.1f} GB/s"

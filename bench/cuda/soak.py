@@ -1,8 +1,9 @@
 """A long run on a GPU: outputs equal to those of the resident model, and memory that stays flat.
 
 The model that ships with expertflow continues batches of prompts, again and again with another
-policy, scope, pool and prefetches of random experts at random distances, at a 25 % cache. Every
-token and every logit must be that of a 100 % cache.
+policy, scope and pool, at a 25 % cache, with prefetches of what the predictor foresees at a random
+or the adaptive horizon, or of random experts at random distances. Every token and every logit must
+be that of a 100 % cache.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from expertflow.demo import DEMO_MODEL
 BATCH, NEW_TOKENS = 16, 64
 
 
-def load(pool: str, size: str):
+def load(pool: str, size: str, prefetch: str | bool = False):
     return expertflow.from_pretrained(
-        DEMO_MODEL, expert_cache=size, pool=pool, device="cuda", progress=False
+        DEMO_MODEL, expert_cache=size, pool=pool, device="cuda", prefetch=prefetch, progress=False
     )
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     choice = random.Random(0)
     resident = load("ram", "100%")
-    models = [load("ram", "25%"), load("file", "25%")]
+    models = [load("ram", "25%", "auto"), load("file", "25%", "auto")]
     done, first_free, first_rss = 0, 0, 0
     while done < options.tokens:
         experts.compute_experts = original
@@ -71,17 +72,20 @@ def main() -> None:
         model = choice.choice(models)
         policy, scope = choice.choice(POLICIES), choice.choice(("global", "layer"))
         model.set_expert_cache("25%", policy=policy, cache_scope=scope)
-        experts.compute_experts = prefetching(model.expert_cache, choice)
+        model.expert_cache.set_horizon(choice.choice(("auto", *range(1, 9))))
+        if choice.random() < 0.5:
+            experts.compute_experts = prefetching(model.expert_cache, choice)
         found = run(model, done)
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs), f"{policy}, {scope}: differs after {done} tokens"
         done += BATCH * NEW_TOKENS
+        print(f"{done} tokens equal", flush=True)
         if done == 4 * BATCH * NEW_TOKENS:  # by now everything was used once
             first_free = torch.cuda.mem_get_info()[0]
             first_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     grown = first_free - torch.cuda.mem_get_info()[0]
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first_rss
-    print(f"{done} tokens equal; device memory grew by {grown} bytes, the process by {rss} KiB")
+    print(f"device memory grew by {grown} bytes, the process by {rss} KiB")
 
 
 if __name__ == "__main__":

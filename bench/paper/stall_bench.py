@@ -22,6 +22,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from layer_times import load_layer_times
+
 from expertflow.link_profiles import LINK_PROFILES
 from expertflow.simulation import MAX_HORIZON, Machine, Simulation
 from expertflow.traces import load_trace
@@ -173,8 +175,8 @@ def main() -> None:
     parser.add_argument(
         "--eager-layer-time-us",
         type=float,
-        default=1000.0,
-        help="one layer of transformers' eager forward, measured; default: %(default)s, a guess",
+        default=load_layer_times()["h200"].eager_us,
+        help="one layer of transformers' eager forward; default: %(default)s, of layer_times.json",
     )
     parser.add_argument("--out", type=Path, help="directory for cells.json, table.md, stall.png")
     options = parser.parse_args()

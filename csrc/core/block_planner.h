@@ -3,12 +3,15 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/block_need_model.h"
 #include "core/block_selection.h"
 #include "core/eviction/decayed_frequency.h"
 #include "core/host_device.h"
 #include "core/ids.h"
 #include "core/layer_plan.h"
 #include "core/own_slots.h"
+#include "core/plan_phase.h"
+#include "core/plan_rows.h"
 #include "core/planning.h"
 #include "core/slot_table.h"
 
@@ -16,40 +19,49 @@
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that earlier work of the stream writes,
 // Min(value, other), atomic, CopyAsync(to, from), of a word into shared memory, for which
-// WaitForCopies() waits, and Release(word, value), which lets the host see `value` only after all
-// that the block wrote before.
+// WaitForCopies() waits, Release(word, value), which lets the host see `value` only after all
+// that the block wrote before, and Mark(phase), which says that a phase has ended.
 //
-// Reads every slot once, all loads at once, and nothing that depends on them but the rows' own
-// experts: a block on one multiprocessor waits for latency, not for bandwidth. Whether a routed
-// expert is resident is seen by the thread that has its slot (`slot_expert` and `expert_slot` say
-// the same), so no thread follows a chain of loads from the expert to its slot.
+// A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
+// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys, and five
+// barriers. A policy that learns takes one more round trip and three barriers. Whether a routed
+// expert is resident is seen by the thread that has its slot
+// (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
+// expert to its slot. Rows that are resident and rows that are missing are finished by different
+// warps, at the same time.
 
 namespace expertflow {
 
-// For a RowState: the id was there before, and is no row.
-constexpr int32_t kRepeated = -1;
-
-// Lies in the shared memory of the block, followed by `first_of_expert`.
+// Lies in the shared memory of the block.
 struct BlockPlannerShared {
   BlockSelection selection;
-  // By place in the routed ids.
-  SlotId slot[kMaxRoutedIds];
-  int32_t state[kMaxRoutedIds];  // a RowState, or kRepeated
-  int32_t num_rows;
-  int32_t num_resident;
+  int32_t residence[kMaxRoutedIds];  // by place in the routed ids, see Residence
+  struct MissingRow {
+    int64_t key;
+    int32_t expert;
+  } missing[kMaxRoutedIds];
   int32_t num_bad_ids;
   int32_t log2_table[DecayedFrequency::kTableSize];
+  BlockNeedShared need;
 };
+
+// Words of shared memory that the planner needs beside.
+EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_experts) {
+  const int32_t of_model = policy == PolicyKind::kPredictedNeed ? NumNeedWords(num_experts) : 0;
+  return num_experts + 1 + of_model;
+}
 
 template <class Policy, class Block>
 class BlockPlanner {
  public:
-  // `first_of_expert` [num_experts] lies in shared memory too.
-  EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* first_of_expert,
+  // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too.
+  EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* shared_words,
                                  const PlanningView& planning, const LayerPlanRequest& request)
       : block_(block),
         shared_(shared),
-        first_of_expert_(first_of_expert),
+        first_of_expert_(shared_words),
+        need_(block, shared.need, shared_words + planning.table.num_experts + 1, planning.need,
+              request.layer),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -57,45 +69,49 @@ class BlockPlanner {
   // Called by all threads, of which there are at least as many as ids.
   EXPERTFLOW_DEVICE void Run() {
     has_id_ = thread_ < request_.ids.count;
-    OwnSlots<Policy> own(planning_, request_.layer, first_of_expert_, thread_,
-                         block_.num_threads());
+    Slots own(block_, planning_, request_.layer, first_of_expert_);
     PrepareShared();
+    block_.Mark(PlanPhase::kPrepared);
     block_.WaitForPrevious();
-    // Only asked for: to convert one before the barrier would be to wait for it.
-    const bool wide = request_.ids.int64 != nullptr;
-    const int64_t id64 = has_id_ && wide ? request_.ids.int64[thread_] : 0;
-    const int32_t id32 = has_id_ && !wide ? request_.ids.int32[thread_] : 0;
+    block_.Mark(PlanPhase::kReleased);
+    NoteRouted(AskForAll(own));
     block_.Sync();
-    if (has_id_) NoteRouted(wide ? id64 : id32);
-    const PlanClock clock = *request_.clock;
-    now_ = clock.now + 1;
-    sequence_ = clock.sequence + 1;
-    own.Load(now_);
-    block_.Sync();
+    block_.Mark(PlanPhase::kRouted);
+    now_ = clock_.now + 1;
+    if constexpr (kLearns) ObserveNeeds(own);
+    const uint32_t least = RankSlots(own);
     block_.WaitForCopies();
-    const LayerPlanStatus status = PlanRows(own);
-    WritePlan(status);
-    if (status == LayerPlanStatus::kPlanned) UpdateTable();
+    block_.Sync();
+    block_.Mark(PlanPhase::kRanked);
+    CountRows(block_, shared_.residence, request_.ids.count, rows_);
+    block_.Mark(PlanPhase::kCounted);
+    const LayerPlanStatus status = TakeSlots(own, least);
+    block_.Mark(PlanPhase::kSelected);
+    Finish(status);
+    block_.Mark(PlanPhase::kDone);
   }
 
  private:
-  static constexpr int32_t kNotRouted = OwnSlots<Policy>::kNotRouted;
-
+  static constexpr bool kLearns = std::is_same_v<Policy, PredictedNeed>;
+  struct NoModel {
+    template <class... Anything>
+    EXPERTFLOW_DEVICE explicit NoModel(Anything&&...) {}
+  };
+  using Slots = OwnSlots<Policy, Block>;
   // Reads nothing that an earlier kernel writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
-    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
-      first_of_expert_[e] = kNotRouted;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e <= planning_.table.num_experts; e += block_.num_threads()) {
+      first_of_expert_[e] = Slots::kNotRouted;
     }
-    if (has_id_) {
-      shared_.slot[thread_] = SlotId::kNone;
-      shared_.state[thread_] = Index(RowState::kMiss);
-    }
+    if (has_id_) shared_.residence[thread_] = Residence::kMissing;
+    if (thread_ < kMaxBlockWarps) shared_.selection.warp_least[thread_] = kNoOrder;
     if (thread_ == 0) {
-      shared_.num_rows = shared_.num_resident = shared_.num_bad_ids = 0;
-      shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = 0;
+      shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
     }
+    if constexpr (kLearns) need_.PrepareShared();
     if constexpr (std::is_same_v<Policy, DecayedFrequency>) {
-      // Looked up at the very end, when a row's key is known: by then it is near.
+      EXPERTFLOW_NO_UNROLL
       for (int32_t i = thread_; i < DecayedFrequency::kTableSize; i += block_.num_threads()) {
         block_.CopyAsync(shared_.log2_table[i], planning_.eviction.log2_1p_exp2_q24[i]);
       }
@@ -103,144 +119,199 @@ class BlockPlanner {
     }
   }
 
-  EXPERTFLOW_DEVICE void NoteRouted(int64_t id) {
-    if (id < 0 || id >= planning_.table.num_experts) {
+  // Asks for the ids, the tick and the slots, and returns the thread's id: one below zero is as far
+  // out of range as one of 32 bits that is not. The barrier keeps the compiler from using what has
+  // come before it has asked for all.
+  EXPERTFLOW_DEVICE uint64_t AskForAll(Slots& own) {
+    uint64_t id = 0;
+    if (has_id_) {
+      if (request_.ids.int64 != nullptr) {
+        id = static_cast<uint64_t>(request_.ids.int64[thread_]);
+      } else {
+        id = static_cast<uint32_t>(request_.ids.int32[thread_]);
+      }
+    }
+    clock_ = *request_.clock;
+    if constexpr (kLearns) need_.Ask();
+    own.Load();
+    block_.Sync();
+    return id;
+  }
+
+  EXPERTFLOW_DEVICE void NoteRouted(uint64_t id) {
+    if (!has_id_) return;
+    if (id >= static_cast<uint64_t>(planning_.table.num_experts)) {
       block_.Add(shared_.num_bad_ids, 1);
       return;
     }
     expert_ = static_cast<int32_t>(id);
     block_.Min(first_of_expert_[expert_], thread_);
+    key_ = planning_.table.expert_key[Index(ToIndex(expert_))];
   }
 
-  EXPERTFLOW_DEVICE LayerPlanStatus PlanRows(OwnSlots<Policy>& own) {
-    if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
-    FindRows(own);
-    block_.Sync();
-    const int32_t num_misses = shared_.num_rows - shared_.num_resident;
-    if (num_misses > 0 && SelectSmallest(block_, shared_.selection, own, num_misses) < num_misses) {
-      return LayerPlanStatus::kNeedsWaves;
-    }
-    OrderRows();
-    return LayerPlanStatus::kPlanned;
+  // An id that the layer has and that was not there before.
+  EXPERTFLOW_DEVICE bool IsRow() const {
+    return expert_ >= 0 && first_of_expert_[expert_] == thread_;
   }
 
-  // Which ids are rows, and where those that are resident are.
-  EXPERTFLOW_DEVICE void FindRows(OwnSlots<Policy>& own) {
-    if (has_id_) {
-      is_row_ = first_of_expert_[expert_] == thread_;
-      if (is_row_) {
-        block_.Add(shared_.num_rows, 1);
-        key_ = planning_.table.expert_key[Index(RowExpert())];
-      } else {
-        shared_.state[thread_] = kRepeated;
-      }
+  // As Planner::ObserveNeeds does.
+  EXPERTFLOW_DEVICE void ObserveNeeds(Slots& own) {
+    if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
+    has_observed_ = true;
+    need_.Observe(first_of_expert_, Slots::kNotRouted, IsRow() ? expert_ : -1);
+    const int32_t* scores = need_.scores();
+    own.SetScores(scores);
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
+      planning_.table.expert_key[Index(ToIndex(e))] = PredictedNeed::KeyOf(scores[e]);
     }
-    own.SparePlanned([&](int32_t place, SlotId slot, RowState state) {
-      shared_.slot[place] = slot;
-      shared_.state[place] = Index(state);
-      block_.Add(shared_.num_resident, 1);
+    if (expert_ >= 0) key_ = PredictedNeed::KeyOf(scores[expert_]);
+  }
+
+  EXPERTFLOW_DEVICE void RecordNeeds(LayerPlanStatus status) {
+    if (has_observed_) need_.Record(IsRow() ? expert_ : -1);
+    if (thread_ == Bookkeeper() && status != LayerPlanStatus::kBadExpertId) {
+      need_.NoteOutcome(status == LayerPlanStatus::kNeedsWaves, now_);
+    }
+  }
+
+  EXPERTFLOW_DEVICE uint32_t RankSlots(Slots& own) {
+    if (has_id_ && !IsRow()) shared_.residence[thread_] = Residence::kRepeated;
+    const uint32_t least = own.RankAll(now_, [this](int32_t place, SlotId slot, bool in_flight) {
+      shared_.residence[place] = Residence::Of(slot, in_flight);
     });
+    ShareLeast(block_, shared_.selection, least);
+    return least;
+  }
+
+  EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
+    if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
+    if (rows_.total.misses == 0) return LayerPlanStatus::kPlanned;
+    if (rows_.own == Residence::kMissing) shared_.missing[rows_.before.misses] = {key_, expert_};
+    const int32_t num_found =
+        SelectSmallest(block_, shared_.selection, own, least, rows_.total.misses);
+    return num_found < rows_.total.misses ? LayerPlanStatus::kNeedsWaves
+                                          : LayerPlanStatus::kPlanned;
   }
 
   // Hits, then late hits, then misses, each in order of first appearance.
-  EXPERTFLOW_DEVICE void OrderRows() {
-    if (!has_id_) return;
-    state_ = shared_.state[thread_];
-    int32_t before = 0;  // rows of the same state
-    for (int32_t i = 0; i < request_.ids.count; ++i) {
-      const int32_t state = shared_.state[i];
-      num_hits_ += state == Index(RowState::kHit) ? 1 : 0;
-      num_loading_ += state == Index(RowState::kLoading) ? 1 : 0;
-      before += i < thread_ && state == state_ ? 1 : 0;
+  EXPERTFLOW_DEVICE void Finish(LayerPlanStatus status) {
+    const bool planned = status == LayerPlanStatus::kPlanned;
+    const int32_t miss = block_.num_threads() - 1 - thread_;  // from the last warp on
+    const PlanRow resident = ResidentRow();
+    const PlanRow missing = planned && miss < rows_.total.misses ? MissingRow(miss) : PlanRow{};
+    if (planned && rows_.own >= 0) {
+      const bool hit = resident.state == RowState::kHit;
+      WriteRow(hit ? rows_.before.hits : rows_.total.hits + rows_.before.loading, resident);
     }
-    row_ = before + (state_ == Index(RowState::kHit)       ? 0
-                     : state_ == Index(RowState::kLoading) ? num_hits_
-                                                           : num_hits_ + num_loading_);
-    slot_ = state_ == Index(RowState::kMiss)
-                ? static_cast<SlotId>(shared_.selection.victims[before])
-                : shared_.slot[thread_];
+    if (planned && miss < rows_.total.misses)
+      WriteRow(rows_.total.hits + rows_.total.loading + miss, missing);
+    WriteHeaders(status);
+    if constexpr (kLearns) RecordNeeds(status);
+    if (!planned) return;
+    if constexpr (std::is_same_v<Policy, OnDemand>) DropAllReady();
+    if (rows_.own >= 0) {
+      RecordUse(planning_, resident.slot, ToIndex(resident.expert), KeyOnUse(key_), now_,
+                /*streaming=*/false);
+    }
+    if (miss < rows_.total.misses) PlaceMissing(missing, shared_.missing[miss].key);
+    if (thread_ == Bookkeeper()) Count();
   }
 
-  // What the host sees of it is complete when the sequence number says so.
-  EXPERTFLOW_DEVICE void WritePlan(LayerPlanStatus status) {
-    const bool planned = status == LayerPlanStatus::kPlanned;
-    if (planned && is_row_) {
-      const PlanRow row{expert_, slot_, static_cast<RowState>(state_), 0, kNoRow};
-      request_.plan->rows[row_] = row;
-      if (request_.host_plan != nullptr) request_.host_plan->rows[row_] = row;
-    }
-    if (thread_ == 0) {
-      const int32_t num_rows = planned ? shared_.num_rows : 0;
-      FillHeader(*request_.plan, status, num_rows);
-      request_.plan->sequence = request_.clock->sequence = sequence_;
-      if (request_.host_plan != nullptr) FillHeader(*request_.host_plan, status, num_rows);
+  EXPERTFLOW_DEVICE PlanRow ResidentRow() const {
+    const RowState state = Residence::InFlight(rows_.own) ? RowState::kLoading : RowState::kHit;
+    return {expert_, Residence::Slot(rows_.own), state, 0, kNoRow};
+  }
+
+  EXPERTFLOW_DEVICE PlanRow MissingRow(int32_t miss) const {
+    return {shared_.missing[miss].expert, static_cast<SlotId>(shared_.selection.victims[miss]),
+            RowState::kMiss, 0, kNoRow};
+  }
+
+  EXPERTFLOW_DEVICE void WriteRow(int32_t number, const PlanRow& row) {
+    request_.plan->rows[number] = row;
+    if (request_.host_plan != nullptr) request_.host_plan->rows[number] = row;
+  }
+
+  // What the host sees of the plan is complete when the sequence number says so.
+  EXPERTFLOW_DEVICE void WriteHeaders(LayerPlanStatus status) {
+    if (thread_ == Bookkeeper()) {
+      WriteHeader(*request_.plan, status);
+      request_.plan->sequence = request_.clock->sequence = clock_.sequence + 1;
+      if (request_.host_plan != nullptr) WriteHeader(*request_.host_plan, status);
     }
     if (request_.host_plan == nullptr) return;
     block_.Sync();
-    // Takes about as long as all the rest, so not by a warp that has rows to place meanwhile.
-    if (thread_ == block_.num_threads() - 1) {
-      block_.Release(request_.host_plan->sequence, sequence_);
+    // Takes about as long as all the rest.
+    if (thread_ == Bookkeeper()) {
+      block_.Release(request_.host_plan->sequence, clock_.sequence + 1);
     }
   }
 
-  EXPERTFLOW_DEVICE void FillHeader(LayerPlan& plan, LayerPlanStatus status,
-                                    int32_t num_rows) const {
+  EXPERTFLOW_DEVICE void WriteHeader(LayerPlan& plan, LayerPlanStatus status) const {
+    const bool planned = status == LayerPlanStatus::kPlanned;
     plan.tick = now_;
     plan.status = status;
     plan.layer = request_.layer;
-    plan.num_rows = num_rows;
-    plan.num_hits = num_hits_;
-    plan.num_loading = num_loading_;
+    plan.num_rows = planned ? rows_.total.rows() : 0;
+    plan.num_hits = planned ? rows_.total.hits : 0;
+    plan.num_loading = planned ? rows_.total.loading : 0;
   }
 
-  EXPERTFLOW_DEVICE void UpdateTable() {
-    const auto add = [this](int64_t& counter, int64_t amount) { block_.Add(counter, amount); };
-    if (planning_.policy == PolicyKind::kOnDemand) {
-      for (int32_t s = thread_; s < planning_.table.num_slots; s += block_.num_threads()) {
-        DropIfReady(planning_, static_cast<SlotId>(s), add);
-      }
-      block_.Sync();
+  EXPERTFLOW_DEVICE void DropAllReady() {
+    for (int32_t s = thread_; s < planning_.table.num_slots; s += block_.num_threads()) {
+      DropIfReady(planning_, static_cast<SlotId>(s), Adder());
     }
-    if (is_row_ && state_ == Index(RowState::kMiss)) {
-      PlaceMiss(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false, add);
-      if (request_.fetch == MissFetch::kSameStream) {
-        planning_.table.slot_state[Index(slot_)] = SlotState::kReady;
-      }
-    } else if (is_row_) {
-      RecordUse(planning_, slot_, RowExpert(), key_, now_, /*streaming=*/false);
+    block_.Sync();
+  }
+
+  EXPERTFLOW_DEVICE void PlaceMissing(const PlanRow& row, int64_t key) {
+    PlaceMiss(planning_, row.slot, ToIndex(row.expert), KeyOnUse(key), now_, /*streaming=*/false,
+              Adder());
+    if (request_.fetch == MissFetch::kSameStream) {
+      planning_.table.slot_state[Index(row.slot)] = SlotState::kReady;
     }
-    if (thread_ != 0) return;
+  }
+
+  EXPERTFLOW_DEVICE void Count() {
     request_.clock->now = now_;
     LayerStatistics& counts = planning_.statistics[request_.layer];
-    add(counts.hits, num_hits_);
-    add(counts.late_hits, num_loading_);
-    add(counts.misses, shared_.num_rows - num_hits_ - num_loading_);
+    Adder()(counts.hits, int64_t{rows_.total.hits});
+    Adder()(counts.late_hits, int64_t{rows_.total.loading});
+    Adder()(counts.misses, int64_t{rows_.total.misses});
   }
 
-  EXPERTFLOW_DEVICE ExpertIndex RowExpert() const {
-    return ToIndex(planning_.table, {request_.layer, expert_});
+  EXPERTFLOW_DEVICE int64_t KeyOnUse(int64_t key) const {
+    return Policy::KeyOnUse(planning_.eviction, key, now_);
   }
+
+  EXPERTFLOW_DEVICE auto Adder() {
+    return [this](auto& counter, auto amount) { block_.Add(counter, amount); };
+  }
+
+  EXPERTFLOW_DEVICE ExpertIndex ToIndex(int32_t expert) const {
+    return expertflow::ToIndex(planning_.table, {request_.layer, expert});
+  }
+
+  // A thread of a warp that has few rows to finish, or none.
+  EXPERTFLOW_DEVICE int32_t Bookkeeper() const { return block_.num_threads() / 2; }
 
   Block& block_;
   BlockPlannerShared& shared_;
-  int32_t* const first_of_expert_;
+  int32_t* const first_of_expert_;  // [num_experts + 1]
+  std::conditional_t<kLearns, BlockNeedModel<Block>, NoModel> need_;
   PlanningView planning_;
   const LayerPlanRequest& request_;
   const int32_t thread_;
 
+  PlanClock clock_{};
   Tick now_ = 0;
-  uint64_t sequence_ = 0;
   // Of this thread's id.
   bool has_id_ = false;
-  bool is_row_ = false;
-  int32_t expert_ = 0;
+  int32_t expert_ = -1;
   int64_t key_ = 0;  // before this plan
-  int32_t state_ = kRepeated;
-  int32_t row_ = 0;
-  SlotId slot_ = SlotId::kNone;
-  // Of the plan; known to every thread with an id, and 0 for the others.
-  int32_t num_hits_ = 0;
-  int32_t num_loading_ = 0;
+  CountedRows rows_;
+  bool has_observed_ = false;  // by the need model
 };
 
 }  // namespace expertflow

@@ -8,103 +8,137 @@
 
 // The victims of a plan, found by a block of threads: what Planner::Scan is on the host.
 //
-// Every thread offers the candidates of its own slots. The threads are dealt out to eight classes;
-// the largest of the classes' smallest ranks is a bound that at least eight candidates keep, and
-// not many more. Those that keep it go into a short list, where each counts how many are smaller
-// than itself, which is its place in the order. More than eight victims take several passes.
+// Every thread offers the candidates of its own slots. The n-th smallest of the warps' minima is a
+// bound that at least n candidates keep, and not many more. Those that keep it go into a short
+// list, where each counts how many are smaller than itself, which is its place in the order. More
+// victims than there are warps take several passes. Until the list, ranks are compared by 32 bits
+// of theirs (OrderOf), which a warp reduces in one instruction; the list is exact.
 //
-// A `Block` is what a CUDA block gives its threads: thread(), num_threads() (whole warps of 32),
-// Sync(), ShuffleXor(value, mask) within a warp, and Add(counter, amount) for 32 and 64 bits, which
-// is atomic and returns the value before. A `Source` has Visit(f), which calls f(candidate) for
-// every candidate of the calling thread.
+// A `Block` is what a CUDA block gives its threads: kWarpSize, thread(), num_threads() (whole
+// warps), Sync(), within a warp Ballot(flag), MinOfWarp(value) and MaxOfWarp(value), and
+// Add(counter, amount), which is atomic and returns the value before. A `Source` has Visit(f),
+// which calls f(order, candidate) for every candidate of the calling thread, and equally often in
+// all threads of a warp: where a thread has no more, with kNoOrder.
 
 namespace expertflow {
 
-constexpr int32_t kWarpSize = 32;
-constexpr int32_t kMaxBlockThreads = 1024;
+constexpr int32_t kMaxBlockWarps = 32;
 constexpr int32_t kMaxBlockVictims = 512;
 constexpr int64_t kNoRank = std::numeric_limits<int64_t>::max();  // above every rank
 constexpr int64_t kLowestRank = std::numeric_limits<int64_t>::min();
+constexpr uint32_t kNoOrder = std::numeric_limits<uint32_t>::max();  // above every order
 constexpr int32_t kHighestSlot = std::numeric_limits<int32_t>::max();
+
+// Never decreases with the rank, and tells ranks apart that lie within 2^30 of `origin`, protected
+// or not; the rest is left to the list. In few instructions of 32 bits.
+EXPERTFLOW_HD inline uint32_t OrderOf(int64_t rank, int64_t origin) {
+  constexpr uint32_t kHighest = (uint32_t{1} << 31) - 2;
+  const bool is_protected = rank >= kProtected / 2;
+  const int64_t key = is_protected ? rank - kProtected : rank;
+  const uint64_t distance = static_cast<uint64_t>(key) - static_cast<uint64_t>(origin) + (1U << 30);
+  const auto high = static_cast<int32_t>(distance >> 32);
+  const auto low = static_cast<uint32_t>(distance);
+  const uint32_t at_most = high > 0 || low > kHighest ? kHighest : low;
+  // The distance of an empty slot overflows.
+  const uint32_t order = high < 0 || rank < 0 ? 0 : at_most;
+  return order | (is_protected ? uint32_t{1} << 31 : 0U);
+}
 
 // Lies in the shared memory of the block.
 struct BlockSelection {
-  static constexpr int32_t kNumClasses = 8;  // and victims of one pass
   static constexpr int32_t kListCapacity = 64;
 
-  int64_t class_min[kMaxBlockThreads / kWarpSize * kNumClasses];  // [warps, classes]
+  alignas(16) uint32_t warp_least[kMaxBlockWarps];  // the warps' smallest orders; at first kNoOrder
   Candidate list[kListCapacity];
   int32_t num_listed[2];  // of this list and of the next; 0 before the first pass
   Candidate last;         // the last victim of the pass
   int32_t victims[kMaxBlockVictims];
 };
 
-// A rank that at least kNumClasses of the threads' smallest ranks `own_min` do not exceed, or
-// kNoRank if some class has no candidate at all.
+// Shares `least`, the smallest order of the thread's candidates; to be read after a barrier.
 template <class Block>
-EXPERTFLOW_DEVICE int64_t BoundOfRanks(Block& block, BlockSelection& shared, int64_t own_min) {
-  constexpr int32_t kNumClasses = BlockSelection::kNumClasses;
-  const auto lower = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const auto upper = [](int64_t a, int64_t b) { return a < b ? b : a; };
-  const int32_t warp = block.thread() / kWarpSize;
-  const int32_t lane = block.thread() % kWarpSize;
-  int64_t rank = own_min;
-  for (int32_t mask = kNumClasses; mask < kWarpSize; mask *= 2) {
-    rank = lower(rank, block.ShuffleXor(rank, mask));
+EXPERTFLOW_DEVICE void ShareLeast(Block& block, BlockSelection& shared, uint32_t least) {
+  least = block.MinOfWarp(least);
+  if (block.thread() % Block::kWarpSize == 0) {
+    shared.warp_least[block.thread() / Block::kWarpSize] = least;
   }
-  if (lane < kNumClasses) shared.class_min[warp * kNumClasses + lane] = rank;
-  block.Sync();
-  // Every warp for itself: cheaper than one warp and another barrier.
-  rank = kNoRank;
-  const int32_t num_entries = block.num_threads() / kWarpSize * kNumClasses;
-  for (int32_t first = lane; first < num_entries; first += 4 * kWarpSize) {
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < 4; ++k) {
-      const int32_t i = first + k * kWarpSize;
-      rank = lower(rank, i < num_entries ? shared.class_min[i] : kNoRank);
-    }
-  }
-  for (int32_t mask = kNumClasses; mask < kWarpSize; mask *= 2) {
-    rank = lower(rank, block.ShuffleXor(rank, mask));
-  }
-  for (int32_t mask = 1; mask < kNumClasses; mask *= 2) {
-    rank = upper(rank, block.ShuffleXor(rank, mask));
-  }
-  return rank;
 }
 
-// Puts the listed candidates' places among the first `wanted` into `victims`.
+// An order that at least `wanted` candidates do not exceed, and all candidates if there are fewer
+// warps that have any.
+template <class Block>
+EXPERTFLOW_DEVICE uint32_t BoundOfOrders(Block& block, const BlockSelection& shared,
+                                         int32_t wanted) {
+  const int32_t num_warps = block.num_threads() / Block::kWarpSize;
+  uint32_t bound = 0;
+  EXPERTFLOW_NO_UNROLL
+  for (int32_t i = block.thread() % Block::kWarpSize; i < num_warps; i += Block::kWarpSize) {
+    const uint32_t least = shared.warp_least[i];
+    int32_t num_smaller = 0;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t first = 0; first < num_warps; first += 4) {
+      EXPERTFLOW_UNROLL
+      for (int32_t k = 0; k < 4; ++k) num_smaller += shared.warp_least[first + k] < least ? 1 : 0;
+    }
+    if (num_smaller < wanted && least > bound) bound = least;
+  }
+  bound = block.MaxOfWarp(bound);
+  return bound < kNoOrder ? bound : kNoOrder - 1;
+}
+
+// Puts the candidates of a warp's threads that have `keeps` set into the list, as far as it has
+// room. One lane counts for all: else candidates would wait for each other at the counter.
+template <class Block>
+EXPERTFLOW_DEVICE void ListOfWarp(Block& block, BlockSelection& shared, int32_t& counter,
+                                  bool keeps, const Candidate& candidate) {
+  const uint32_t keepers = block.Ballot(keeps);
+  if (keepers == 0) return;
+  const uint32_t before = (uint32_t{1} << block.thread() % Block::kWarpSize) - 1;
+  const bool is_first = keeps && (keepers & before) == 0;
+  const int32_t begin = is_first ? block.Add(counter, CountBits(keepers)) : 0;
+  const auto first_place = static_cast<int32_t>(block.MaxOfWarp(static_cast<uint32_t>(begin)));
+  const int32_t place = first_place + CountBits(keepers & before);
+  if (keeps && place < BlockSelection::kListCapacity) shared.list[place] = candidate;
+}
+
+// Puts the listed candidates' places among the first `wanted` into `victims`; a warp for each
+// candidate, with the lanes comparing it.
 template <class Block>
 EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t num_listed,
                                  int32_t wanted, int32_t* victims) {
-  for (int32_t i = block.thread(); i < num_listed; i += block.num_threads()) {
+  const int32_t lane = block.thread() % Block::kWarpSize;
+  const int32_t num_warps = block.num_threads() / Block::kWarpSize;
+  EXPERTFLOW_NO_UNROLL
+  for (int32_t i = block.thread() / Block::kWarpSize; i < num_listed; i += num_warps) {
     const Candidate candidate = shared.list[i];
     int32_t place = 0;
-    for (int32_t j = 0; j < num_listed; ++j) place += shared.list[j] < candidate ? 1 : 0;
-    if (place < wanted) victims[place] = candidate.slot;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t first = 0; first < num_listed; first += Block::kWarpSize) {
+      const int32_t j = first + lane;
+      place += CountBits(block.Ballot(j < num_listed && shared.list[j] < candidate));
+    }
+    if (lane != 0 || place >= wanted) continue;
+    victims[place] = candidate.slot;
     if (place == wanted - 1) shared.last = candidate;
   }
 }
 
-// One pass: the `wanted` smallest candidates above `floor`. Returns how many there are. `parity`
-// says which counter is free, and turns with every use.
+// One pass: the `wanted` smallest candidates above `floor`, of which the thread's smallest has the
+// order `least`. Returns how many there are. `parity` says which counter is free, and turns with
+// every use.
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Source& source,
-                                      Candidate floor, int32_t wanted, int32_t* victims,
-                                      int32_t& parity) {
+                                      const Candidate& floor, uint32_t least, int32_t wanted,
+                                      int32_t* victims, int32_t& parity) {
   constexpr int32_t kListCapacity = BlockSelection::kListCapacity;
-  int64_t own_min = kNoRank;
-  source.Visit([&](const Candidate& candidate) {
-    if (floor < candidate && candidate.rank < own_min) own_min = candidate.rank;
-  });
-  Candidate bound{BoundOfRanks(block, shared, own_min), kHighestSlot};
+  const uint32_t bound = BoundOfOrders(block, shared, wanted);
+  Candidate ceiling{kNoRank, kHighestSlot};
   for (;;) {
     int32_t& counter = shared.num_listed[parity];
-    if (own_min != kNoRank && own_min <= bound.rank) {
-      source.Visit([&](const Candidate& candidate) {
-        if (!(floor < candidate) || bound < candidate) return;
-        const int32_t place = block.Add(counter, 1);
-        if (place < kListCapacity) shared.list[place] = candidate;
+    if (block.Ballot(least <= bound) != 0) {
+      source.Visit([&](uint32_t order, const Candidate& candidate) {
+        const bool keeps = order <= bound && floor < candidate && !(ceiling < candidate);
+        ListOfWarp(block, shared, counter, keeps, candidate);
       });
     }
     block.Sync();
@@ -115,31 +149,36 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
     OrderList(block, shared, num_listed, wanted, victims);
     block.Sync();
     if (num_kept <= kListCapacity) return num_kept < wanted ? num_kept : wanted;
-    // Too many, because of equal ranks or one crowded class: what fitted gives a lower bound.
-    bound = shared.last;
+    // Too many, because of equal orders or one crowded warp: what fitted gives a lower bound.
+    ceiling = shared.last;
   }
 }
 
 // Fills `shared.victims` with the slots of the `count` smallest candidates, in order, and returns
-// how many there are. `shared.num_listed` must be 0 for all threads. All threads may read the
-// result.
+// how many there are; `count` is at least 1. Before, every thread has called ShareLeast with its
+// `least` and a barrier, and `shared.num_listed` is 0. All threads may read the result.
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectSmallest(Block& block, BlockSelection& shared, Source& source,
-                                         int32_t count) {
+                                         uint32_t least, int32_t count) {
+  const int32_t num_warps = block.num_threads() / Block::kWarpSize;
   Candidate floor{kLowestRank, -1};
   int32_t parity = 0;
   int32_t num_found = 0;
-  while (num_found < count) {
+  for (;;) {
     const int32_t rest = count - num_found;
-    const int32_t wanted =
-        rest < BlockSelection::kNumClasses ? rest : int32_t{BlockSelection::kNumClasses};
-    const int32_t found =
-        SelectAbove(block, shared, source, floor, wanted, shared.victims + num_found, parity);
+    const int32_t wanted = rest < num_warps ? rest : num_warps;
+    const int32_t found = SelectAbove(block, shared, source, floor, least, wanted,
+                                      shared.victims + num_found, parity);
     num_found += found;
-    if (found < wanted) break;
+    if (found < wanted || num_found == count) return num_found;
     floor = shared.last;
+    least = kNoOrder;
+    source.Visit([&](uint32_t order, const Candidate& candidate) {
+      if (floor < candidate && order < least) least = order;
+    });
+    ShareLeast(block, shared, least);
+    block.Sync();
   }
-  return num_found;
 }
 
 }  // namespace expertflow

@@ -8,22 +8,27 @@ namespace expertflow {
 
 CacheControl::CacheControl(const ExpertCacheOptions& options, int32_t max_chunks_in_flight)
     : expert_bytes_(options.planner.expert_bytes),
+      keeps_experts_(options.planner.policy != PolicyKind::kOnDemand),
       table_(options.num_layers, options.num_experts, options.num_slots),
       planner_(table_, options.planner),
       queue_(options.num_slots, AlignUp(options.chunk_bytes, kSlotAlignment), max_chunks_in_flight,
              AlignUp(options.demand_chunk_bytes, kSlotAlignment)),
+      prefetcher_(table_.view(), planner_, queue_, options.planner),
       failures_(static_cast<size_t>(options.num_slots)) {
   if (options.num_slots > options.num_layers * options.num_experts) {
     throw std::invalid_argument("a cache of " + std::to_string(options.num_slots) +
                                 " experts is larger than the model");
   }
+  set_horizon(Prefetcher::kAutoHorizon);
 }
 
 const Plan* CacheControl::BeginLayer(int32_t layer, std::span<const int64_t> expert_ids,
-                                     int32_t num_tokens) {
+                                     int32_t num_tokens, double now_us) {
   plan_ = nullptr;
   plan_ = planner_.PlanLayer(layer, expert_ids, num_tokens, ++now_);
   if (plan_ == nullptr) return nullptr;
+  clock_.RecordPlan(*plan_, now_us);
+  prefetcher_.RecordPlan(*plan_);
   for (const PlanRow& row : plan_->rows) {
     if (row.state == RowState::kLoading) queue_.Promote(row.slot, now_);
     if (row.state == RowState::kMiss && row.wave == 0) PostRow(row);
@@ -53,13 +58,31 @@ int32_t CacheControl::Release(int32_t row_index) {
   return next;
 }
 
+void CacheControl::set_horizon(int32_t horizon) {
+  prefetcher_.set_horizon(horizon);
+  if (!keeps_experts_) prefetcher_.set_horizon(0);
+}
+
+int32_t CacheControl::BeginPrefetch(double bytes_per_second) {
+  if (!clock_.last()) return prefetcher_.BeginUnmeasuredLayer();
+  LayerObservation measured = *clock_.last();
+  measured.bytes_per_second = bytes_per_second;
+  return prefetcher_.BeginLayer(measured);
+}
+
+int32_t CacheControl::PrefetchPredicted(std::span<const float> need) {
+  return prefetcher_.PrefetchNeeded(need, [this](SlotId slot, Tick needed_at) {
+    Post(slot, table().slot_expert[Index(slot)], TransferClass::kPrefetch, needed_at);
+  });
+}
+
 int32_t CacheControl::Prefetch(int32_t layer, std::span<const int64_t> expert_ids,
                                int32_t distance) {
   const Tick needed_at = now_ + distance;
   int32_t num_posted = 0;
   for (const int64_t expert : expert_ids) {
     const ExpertId id{layer, Saturated(expert)};
-    const SlotId slot = planner_.PlanPrefetch(id, now_, needed_at);
+    const SlotId slot = prefetcher_.Take(id, needed_at);
     if (slot == SlotId::kNone) continue;
     Post(slot, ToIndex(table(), id), TransferClass::kPrefetch, needed_at);
     ++num_posted;
@@ -127,6 +150,7 @@ void CacheControl::FinishChunk(const Chunk& chunk, const std::optional<std::stri
     const bool is_prefetch = chunk.transfer_class == TransferClass::kPrefetch;
     (is_prefetch ? counts.prefetch_bytes : counts.demand_bytes) +=
         static_cast<int64_t>(chunk.num_bytes);
+    clock_.RecordMoved(chunk.num_bytes);
   }
   switch (queue_.Finish(chunk, !error)) {
     case TransferStatus::kInFlight:
@@ -148,6 +172,16 @@ void CacheControl::DropTransfer(SlotId slot, int32_t layer) {
         static_cast<int64_t>(queue_.copied_bytes(slot));
   }
   planner_.Drop(slot);
+}
+
+void CacheControl::RecordStall(int32_t layer, double stall_us, bool is_late) {
+  planner_.statistics(layer).stall_us += stall_us;
+  clock_.RecordStall(stall_us, is_late);
+}
+
+void CacheControl::ResetStatistics() {
+  planner_.ResetStatistics();
+  prefetcher_.ResetStatistics();
 }
 
 void CacheControl::CancelTransfers() {

@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/layer_clock.h"
 #include "core/plan.h"
 #include "core/planner.h"
+#include "core/prefetcher.h"
 #include "core/slot_table.h"
 #include "core/statistics.h"
 #include "core/transfer_queue.h"
@@ -35,11 +37,12 @@ class CacheControl {
   // not fit each other.
   CacheControl(const ExpertCacheOptions& options, int32_t max_chunks_in_flight);
 
-  // Plans a layer (see Planner::PlanLayer), posts its first wave and promotes what is under way.
-  // The plan is valid until the next call. Returns nullptr if transfers hold every slot: call
-  // CancelTransfers, finish the chunks that are out, and call again. Throws std::out_of_range for
-  // bad ids.
-  const Plan* BeginLayer(int32_t layer, std::span<const int64_t> expert_ids, int32_t num_tokens);
+  // Plans a layer at `now_us` (see Planner::PlanLayer), posts its first wave and promotes what is
+  // under way. The plan is valid until the next call. Returns nullptr if transfers hold every slot:
+  // call CancelTransfers, finish the chunks that are out, and call again. Throws std::out_of_range
+  // for bad ids.
+  const Plan* BeginLayer(int32_t layer, std::span<const int64_t> expert_ids, int32_t num_tokens,
+                         double now_us);
 
   const Plan* plan() const { return plan_; }
   // Throws std::out_of_range for a row that the current plan does not have.
@@ -57,6 +60,17 @@ class CacheControl {
   // The caller is done with the slot of a row that is ready: the row that waits for the slot, if
   // any, is posted, and its number returned, or kNoRow.
   int32_t Release(int32_t row);
+
+  // How far ahead to prefetch: Prefetcher::kAutoHorizon (so it is at first), or a fixed number of
+  // layers. A cache that keeps nothing prefetches nothing. Throws std::invalid_argument.
+  void set_horizon(int32_t horizon);
+  // Takes in what was measured up to the last plan and returns how many layers ahead to predict
+  // now; 0: none, as for a prompt. `bytes_per_second` of the link, 0 if not measured yet.
+  int32_t BeginPrefetch(double bytes_per_second);
+  // Then: protects and posts of `need` [distances, num_experts] what pays, see
+  // Prefetcher::PrefetchNeeded. Returns how many were posted.
+  int32_t PrefetchPredicted(std::span<const float> need);
+  int32_t horizon() const { return prefetcher_.horizon(); }
 
   // Posts the experts that `layer` will need `distance` layers from now, in this order, while slots
   // can be had. Returns how many were posted.
@@ -85,10 +99,13 @@ class CacheControl {
   // Takes back every transfer of which no chunk is out; the others end with their last chunk.
   void CancelTransfers();
 
+  // Computation of `layer` waited; `is_late`: for a prefetch in flight.
+  void RecordStall(int32_t layer, double stall_us, bool is_late);
+
   const SlotTableView& table() const { return table_.view(); }
-  std::vector<LayerStatistics>& statistics() { return planner_.statistics(); }
   const std::vector<LayerStatistics>& statistics() const { return planner_.statistics(); }
-  void ResetStatistics() { planner_.ResetStatistics(); }
+  const PrefetchStatistics& prefetch_statistics() const { return prefetcher_.statistics(); }
+  void ResetStatistics();
 
  private:
   ExpertIndex ExpertOf(const PlanRow& row) const {
@@ -102,9 +119,12 @@ class CacheControl {
   }
 
   size_t expert_bytes_;
+  bool keeps_experts_;
   SlotTable table_;
   Planner planner_;
   TransferQueue queue_;
+  Prefetcher prefetcher_;
+  LayerClock clock_;
   std::vector<std::optional<std::string>> failures_;  // [num_slots] of the slot's last transfer
   const Plan* plan_ = nullptr;
   Tick now_ = 0;  // of the last plan

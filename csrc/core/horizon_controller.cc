@@ -61,7 +61,9 @@ int32_t HorizonController::Update(double bytes_per_second, double queued_bytes) 
   is_too_slow_ = transfer_us > (is_too_slow_ ? kFastEnough : kTooSlow) * reach_us;
   if (is_too_slow_) return horizon_ = 0;
   const double layers = std::min(lead_us / compute_us_, static_cast<double>(max_horizon_));
-  if (layers > lead_layers_ + kHysteresisLayers || layers < lead_layers_ - 1 - kHysteresisLayers) {
+  const bool is_first = lead_layers_ == 0;  // any lead is a layer, however fast the link
+  if (is_first || layers > lead_layers_ + kHysteresisLayers ||
+      layers < lead_layers_ - 1 - kHysteresisLayers) {
     lead_layers_ = static_cast<int32_t>(std::ceil(layers));
   }
   UpdateBoost();

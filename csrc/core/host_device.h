@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 // Per-slot functions run on the host, in the simulator and in CUDA kernels, so that all decide
 // alike.
 #ifdef __CUDACC__
@@ -13,7 +15,22 @@
 #ifdef __CUDACC__
 #define EXPERTFLOW_DEVICE __device__
 #define EXPERTFLOW_UNROLL _Pragma("unroll")
+// For loops that mostly run once: a kernel that runs once, too, waits for instructions to come.
+#define EXPERTFLOW_NO_UNROLL _Pragma("unroll 1")
 #else
 #define EXPERTFLOW_DEVICE
 #define EXPERTFLOW_UNROLL
+#define EXPERTFLOW_NO_UNROLL
 #endif
+
+namespace expertflow {
+
+EXPERTFLOW_HD inline int32_t CountBits(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
+}  // namespace expertflow

@@ -14,7 +14,8 @@ constexpr int32_t kMaxRoutedIds = 512;  // tokens * k of a decode step
 enum class LayerPlanStatus : int32_t {
   kPlanned,
   // More misses than slots to take, because transfers hold them or the batch is large. The table is
-  // as it was, and so is the tick: plan on the host, or wait for transfers.
+  // as it was but for the keys of a policy that learns, and so is the tick: plan on the host, or
+  // wait for transfers and launch again.
   kNeedsWaves,
   kBadExpertId,  // an id that the layer does not have; the table is as it was
 };

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/block_selection.h"
 #include "core/host_device.h"
@@ -11,106 +12,146 @@
 
 namespace expertflow {
 
-// The slots of one thread: every num_threads()-th of the layer's range. A tile of them is held in
-// registers; only a table of more than one tile is read again with every visit.
-template <class Policy>
+// The slots of one thread. Every warp has a stretch of the layer's range, so that also a small
+// range has slots in every warp. A tile of them is held in registers; only a table of more than one
+// tile is read again with every visit.
+template <class Policy, class Block>
 class OwnSlots {
  public:
   static constexpr int32_t kPerTile = 4;
   static constexpr int32_t kNotRouted = std::numeric_limits<int32_t>::max();
 
-  // `first_of_expert` [num_experts]: an expert's first place in the routed ids, or kNotRouted.
-  EXPERTFLOW_DEVICE OwnSlots(const PlanningView& planning, int32_t layer,
-                             const int32_t* first_of_expert, int32_t thread, int32_t num_threads)
+  // `first_of_expert` [num_experts + 1]: an expert's first place in the routed ids, or kNotRouted,
+  // as always at the end.
+  EXPERTFLOW_DEVICE OwnSlots(const Block& block, const PlanningView& planning, int32_t layer,
+                             const int32_t* first_of_expert)
       : planning_(planning),
         range_(RangeOf(planning, layer)),
         first_expert_(layer * planning.table.num_experts),
-        first_of_expert_(first_of_expert),
-        thread_(thread),
-        num_threads_(num_threads) {}
-
-  // Reads the first tile, for a plan at tick `now`.
-  EXPERTFLOW_DEVICE void Load(Tick now) {
-    now_ = now;
-    LoadTile(range_.begin);
+        first_of_expert_(first_of_expert) {
+    constexpr int32_t kMostPerWarp = kPerTile * Block::kWarpSize;
+    const int32_t num_warps = block.num_threads() / Block::kWarpSize;
+    const int32_t even = (range_.end - range_.begin + num_warps - 1) / num_warps;
+    const int32_t per_warp = even < kMostPerWarp ? even : kMostPerWarp;
+    tile_size_ = per_warp * num_warps;
+    const int32_t stretch = block.thread() / Block::kWarpSize * per_warp;
+    stretch_end_ = stretch + per_warp;
+    offset_ = stretch + block.thread() % Block::kWarpSize;
+    spare_ = Exists(range_.begin, 0) ? SlotOf(range_.begin, 0) : range_.begin;
   }
 
-  // Keeps the slots of routed experts from being taken; calls found(place in the ids, slot, state)
-  // for each.
+  // The layer's experts have new `scores` [num_experts], in shared memory (PredictedNeed).
+  EXPERTFLOW_DEVICE void SetScores(const int32_t* scores) { scores_ = scores; }
+
+  // Asks for the first tile.
+  EXPERTFLOW_DEVICE void Load() { LoadTile(range_.begin); }
+
+  // Ranks the slots for a plan at tick `now`, and keeps those of routed experts from being taken;
+  // calls found(place in the ids, slot, whether it is in flight) for each. Returns the smallest
+  // order of what may be taken.
   template <class Found>
-  EXPERTFLOW_DEVICE void SparePlanned(Found&& found) {
-    SpareTile(range_.begin, found);
-    for (int32_t first = range_.begin + tile_size(); first < range_.end; first += tile_size()) {
+  EXPERTFLOW_DEVICE uint32_t RankAll(Tick now, Found&& found) {
+    now_ = now;
+    origin_ = Policy::Origin(planning_.eviction, now);
+    uint32_t least = RankTile(range_.begin, found);
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t first = range_.begin + tile_size_; first < range_.end; first += tile_size_) {
       LoadTile(first);
-      SpareTile(first, found);
+      const uint32_t least_of_tile = RankTile(first, found);
+      least = least_of_tile < least ? least_of_tile : least;
     }
+    return least;
   }
 
-  // Calls visit(candidate) for every slot that may be taken.
+  // Calls visit(order, candidate) for every slot, with kNoOrder for what must not be taken.
   template <class Visitor>
   EXPERTFLOW_DEVICE void Visit(Visitor&& visit) {
-    const bool fits_registers = range_.end - range_.begin <= tile_size();
-    for (int32_t first = range_.begin; first < range_.end; first += tile_size()) {
+    const bool fits_registers = range_.end - range_.begin <= tile_size_;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t first = range_.begin; first < range_.end; first += tile_size_) {
       if (!fits_registers) {
         LoadTile(first);
-        SpareTile(first, [](int32_t, SlotId, RowState) {});
+        RankTile(first, [](int32_t, SlotId, bool) {});
       }
       EXPERTFLOW_UNROLL
       for (int32_t k = 0; k < kPerTile; ++k) {
-        if (rank_[k] != kNoRank) visit(Candidate{rank_[k], SlotOf(first, k)});
+        visit(order_[k], Candidate{rank_[k], SlotOf(first, k)});
       }
     }
   }
 
  private:
-  EXPERTFLOW_DEVICE int32_t tile_size() const { return kPerTile * num_threads_; }
-
   EXPERTFLOW_DEVICE int32_t SlotOf(int32_t first, int32_t k) const {
-    return first + k * num_threads_ + thread_;
+    return first + offset_ + k * Block::kWarpSize;
   }
 
-  // Without branches: all loads are on their way before the first use.
+  EXPERTFLOW_DEVICE bool Exists(int32_t first, int32_t k) const {
+    const int32_t end = first + stretch_end_;
+    return SlotOf(first, k) < (end < range_.end ? end : range_.end);
+  }
+
+  // Without branches, and uses nothing that it loads: all loads are on their way at once.
   EXPERTFLOW_DEVICE void LoadTile(int32_t first) {
     const SlotTableView& table = planning_.table;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kPerTile; ++k) {
-      const int32_t s = SlotOf(first, k);
-      const bool exists = s < range_.end;
-      const int32_t at = exists ? s : range_.end - 1;
-      const SlotState state = table.slot_state[at];
-      const bool dropped = planning_.policy == PolicyKind::kOnDemand && state == SlotState::kReady;
-      const bool may_take = MayTake(table, at, now_, /*spare_predicted=*/false);
-      const int64_t rank = Policy::Rank(planning_.eviction, table, at, now_);
-      const int32_t local_expert = Index(table.slot_expert[at]) - first_expert_;
-      rank_[k] = !(exists & may_take) ? kNoRank : dropped ? kEmptyKey : rank;
-      local_expert_[k] = exists & !dropped ? local_expert : -1;
-      in_flight_[k] = InFlight(state);
+      const int32_t at = Exists(first, k) ? SlotOf(first, k) : spare_;
+      use_[k] = UseOf(table, at);
+      expert_[k] = table.slot_expert[at];
+      state_[k] = table.slot_state[at];
     }
   }
 
+  // No slot can be of the plan yet: its tick is new.
   template <class Found>
-  EXPERTFLOW_DEVICE void SpareTile(int32_t first, Found&& found) {
+  EXPERTFLOW_DEVICE uint32_t RankTile(int32_t first, Found&& found) {
+    constexpr bool kOnDemand = std::is_same_v<Policy, OnDemand>;
+    const auto num_experts = static_cast<uint32_t>(planning_.table.num_experts);
+    uint32_t least = kNoOrder;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kPerTile; ++k) {
-      if (local_expert_[k] < 0 || local_expert_[k] >= planning_.table.num_experts) continue;
-      const int32_t place = first_of_expert_[local_expert_[k]];
-      if (place == kNotRouted) continue;
-      rank_[k] = kNoRank;
-      found(place, static_cast<SlotId>(SlotOf(first, k)),
-            in_flight_[k] ? RowState::kLoading : RowState::kHit);
+      const bool exists = Exists(first, k);
+      const bool in_flight = InFlight(state_[k]);
+      const bool dropped = kOnDemand && state_[k] == SlotState::kReady;
+      const auto local_expert = static_cast<uint32_t>(Index(expert_[k]) - first_expert_);
+      const bool of_layer = exists & !dropped & (local_expert < num_experts);
+      if constexpr (std::is_same_v<Policy, PredictedNeed>) {
+        if (of_layer && scores_ != nullptr) TakeScore(k, SlotOf(first, k), scores_[local_expert]);
+      }
+      const int32_t place = first_of_expert_[of_layer ? local_expert : num_experts];
+      const bool routed = place != kNotRouted;
+      if (routed) found(place, static_cast<SlotId>(SlotOf(first, k)), in_flight);
+      rank_[k] = dropped ? kEmptyKey : Policy::Rank(planning_.eviction, use_[k], now_);
+      // Without a branch that some lanes would take.
+      order_[k] = OrderOf(rank_[k], origin_) | (exists & !in_flight & !routed ? 0 : kNoOrder);
+      least = order_[k] < least ? order_[k] : least;
     }
+    return least;
+  }
+
+  // What PredictedNeed::RecordScore does to a slot.
+  EXPERTFLOW_DEVICE void TakeScore(int32_t k, int32_t slot, int32_t score) {
+    if (use_[k].key < 0) return;
+    planning_.table.slot_key[slot] = use_[k].key = PredictedNeed::KeyOf(score);
   }
 
   const PlanningView& planning_;
   const SlotRange range_;
   const int32_t first_expert_;
   const int32_t* const first_of_expert_;
-  const int32_t thread_;
-  const int32_t num_threads_;
+  const int32_t* scores_ = nullptr;
+  int32_t tile_size_;
+  int32_t stretch_end_;  // of the warp's slots in a tile
+  int32_t offset_;       // of the thread's first slot in a tile
+  int32_t spare_;        // read where no slot exists; the thread's own if there are several tiles,
+                         // since others write to theirs meanwhile
   Tick now_ = 0;
-  int64_t rank_[kPerTile];  // kNoRank: not to be taken
-  int32_t local_expert_[kPerTile];
-  bool in_flight_[kPerTile];
+  int64_t origin_ = 0;
+  SlotUse use_[kPerTile];
+  ExpertIndex expert_[kPerTile];
+  SlotState state_[kPerTile];
+  int64_t rank_[kPerTile];
+  uint32_t order_[kPerTile];  // kNoOrder: not to be taken
 };
 
 }  // namespace expertflow

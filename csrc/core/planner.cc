@@ -147,7 +147,7 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predi
   for (int32_t s = range.begin; s < range.end; ++s) {
     if (table_.slot_key[s] >= worst) continue;  // most slots: a rank is never below its key
     if (!MayTake(table_, s, now, spare_predicted)) continue;
-    const int64_t rank = Policy::Rank(planning_.eviction, table_, s, now);
+    const int64_t rank = Policy::Rank(planning_.eviction, UseOf(table_, s), now);
     if (rank >= worst) continue;
     if (count > kInsertionLimit) {
       candidates_.push_back({rank, s});
@@ -179,7 +179,7 @@ void Planner::ObserveNeeds(int32_t layer) {
 
 void Planner::RecordUse(SlotId slot) {
   const ExpertIndex expert = table_.slot_expert[Index(slot)];
-  const int64_t key = table_.expert_key[Index(expert)];
+  const int64_t key = KeyOnUse(planning_, table_.expert_key[Index(expert)], plan_.tick);
   expertflow::RecordUse(planning_, slot, expert, key, plan_.tick, plan_.streaming);
 }
 
@@ -205,7 +205,7 @@ void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
 
 void Planner::AssignRow(PlanRow& row) {
   const ExpertIndex expert = ToIndex(table_, {plan_.layer, row.expert});
-  const int64_t key = table_.expert_key[Index(expert)];
+  const int64_t key = KeyOnUse(planning_, table_.expert_key[Index(expert)], plan_.tick);
   PlaceMiss(planning_, row.slot, expert, key, plan_.tick, plan_.streaming, AddPlainly());
 }
 

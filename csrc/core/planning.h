@@ -4,6 +4,8 @@
 
 #include "core/eviction/decayed_frequency.h"
 #include "core/eviction/lru.h"
+#include "core/eviction/need_state.h"
+#include "core/eviction/on_demand.h"
 #include "core/eviction/policy.h"
 #include "core/eviction/predicted_need.h"
 #include "core/eviction/two_level_lru.h"
@@ -30,6 +32,7 @@ struct PlanningView {
   PolicyKind policy;
   CacheScope scope;
   int64_t expert_bytes;
+  BlockNeedState need{};  // of PolicyKind::kPredictedNeed in a kernel
 };
 
 struct SlotRange {
@@ -43,7 +46,7 @@ struct Candidate {
   int32_t slot;
 
   EXPERTFLOW_HD friend bool operator<(const Candidate& a, const Candidate& b) {
-    return a.rank < b.rank || (a.rank == b.rank && a.slot < b.slot);
+    return (a.rank < b.rank) | ((a.rank == b.rank) & (a.slot < b.slot));
   }
 };
 
@@ -60,8 +63,9 @@ EXPERTFLOW_HD inline auto WithPolicy(PolicyKind policy, Visit&& visit) {
       return visit(TwoLevelLru{});
     case PolicyKind::kPredictedNeed:
       return visit(PredictedNeed{});
-    case PolicyKind::kLru:
     case PolicyKind::kOnDemand:
+      return visit(OnDemand{});
+    case PolicyKind::kLru:
       break;
   }
   return visit(Lru{});
@@ -98,19 +102,13 @@ EXPERTFLOW_HD inline int64_t KeyOnUse(const PlanningView& planning, int64_t key,
   });
 }
 
-// How functions below add to a counter of the statistics, where one thread does all the planning.
-// Threads that plan together pass something atomic instead.
-struct AddPlainly {
-  EXPERTFLOW_HD void operator()(int64_t& counter, int64_t amount) const { counter += amount; }
-};
-
 // Counts the eviction of `expert`, if it is one; `unused` says that it was prefetched for nothing.
 template <class Add>
 EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, ExpertIndex expert,
                                         bool unused, const Add& add) {
   if (expert == ExpertIndex::kNone) return;
   LayerStatistics& counts = planning.statistics[ToId(planning.table, expert).layer];
-  add(counts.evictions, 1);
+  add(counts.evictions, int64_t{1});
   if (unused) add(counts.wasted_prefetch_bytes, planning.expert_bytes);
 }
 
@@ -121,12 +119,12 @@ EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot, Exp
                                   const Add& add) {
   const ExpertIndex evicted = planning.table.slot_expert[Index(slot)];
   const bool unused = planning.table.slot_unused[Index(slot)] != 0;
-  Assign(planning.table, slot, expert);
+  Assign(planning.table, slot, expert, add);
   CountEviction(planning, evicted, unused, add);
 }
 
-// The plan of tick `now` uses `expert`, which is in `slot` and had `key` before. A streaming plan
-// leaves keys alone.
+// The plan of tick `now` uses `expert`, which is in `slot` and has `key` from now on. A streaming
+// plan leaves keys alone.
 EXPERTFLOW_HD inline void RecordUse(const PlanningView& planning, SlotId slot, ExpertIndex expert,
                                     int64_t key, Tick now, bool streaming) {
   const SlotTableView& table = planning.table;
@@ -134,10 +132,10 @@ EXPERTFLOW_HD inline void RecordUse(const PlanningView& planning, SlotId slot, E
   table.slot_needed[s] = now;
   table.slot_unused[s] = 0;
   if (streaming) return;
-  table.slot_key[s] = table.expert_key[Index(expert)] = KeyOnUse(planning, key, now);
+  table.slot_key[s] = table.expert_key[Index(expert)] = key;
 }
 
-// Gives `slot` to a missing expert of the plan of tick `now`, which had `key` before.
+// Gives `slot` to a missing expert of the plan of tick `now`, which has `key` from now on.
 template <class Add>
 EXPERTFLOW_HD inline void PlaceMiss(const PlanningView& planning, SlotId slot, ExpertIndex expert,
                                     int64_t key, Tick now, bool streaming, const Add& add) {

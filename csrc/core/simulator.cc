@@ -47,19 +47,16 @@ Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)
       config_(config),
       table_(trace.num_layers, trace.num_experts, config.num_slots),
       planner_(table_, MakePlannerConfig(trace, config)),
-      transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes, config.link),
-      scheduler_(
-          {.max_horizon = kMaxHorizon, .top_k = trace.top_k, .expert_bytes = config.expert_bytes}),
-      ledger_(table_.view()),
+      transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes,
+                 config.demand_chunk_bytes, config.link),
+      prefetcher_(table_.view(), planner_, transfers_.queue(), MakePlannerConfig(trace, config)),
       predictor_(MakePredictor(config.predictor, trace)) {
   CheckTrace(trace);
   if (config.layer_time_ns < 0 || !(config.expert_share >= 0.0 && config.expert_share <= 1.0)) {
     throw std::invalid_argument(
         "a layer's time must not be negative, and the experts' share of it must be in [0, 1]");
   }
-  if (config.horizon < SimulatorConfig::kAutoHorizon || config.horizon > kMaxHorizon) {
-    throw std::invalid_argument("horizon must be auto or 0 to " + std::to_string(kMaxHorizon));
-  }
+  prefetcher_.set_horizon(config.horizon);
   if (config.warmup_tokens < 0 || config.warmup_tokens >= trace.num_tokens) {
     throw std::invalid_argument("a warm-up of " + std::to_string(config.warmup_tokens) +
                                 " tokens leaves nothing of a trace of " +
@@ -78,6 +75,7 @@ SimulationResult Simulator::result() const {
   SimulationResult result = counts_;
   result.num_tokens = std::max<int64_t>(step_ / trace_.num_layers - config_.warmup_tokens, 0);
   for (const LayerStatistics& layer : planner_.statistics()) result.counts += layer;
+  result.prefetch_hits = prefetcher_.statistics().hits;
   result.counts.stall_us = static_cast<double>(result.stall_ns) * 1e-3;
   return result;
 }
@@ -89,6 +87,7 @@ void Simulator::RunToken() {
 
 void Simulator::ResetCounts() {
   planner_.ResetStatistics();
+  prefetcher_.ResetStatistics();
   counts_ = {};
   observed_ = {};
 }
@@ -145,8 +144,7 @@ void Simulator::PostMisses(const Plan& plan) {
   }
 }
 
-LayerObservation Simulator::Observe(const Plan& plan, const PrefetchLedger::Counts& prefetched) {
-  const auto num_rows = static_cast<int32_t>(plan.rows.size());
+LayerObservation Simulator::Observe() {
   const auto before = observed_;
   observed_ = {counts_.stall_ns, counts_.late_stall_ns, {}};
   for (const LayerStatistics& layer : planner_.statistics()) observed_.counts += layer;
@@ -157,73 +155,19 @@ LayerObservation Simulator::Observe(const Plan& plan, const PrefetchLedger::Coun
   return {.compute_us = to_us(config_.layer_time_ns),
           .stall_us = to_us(observed_.stall_ns - before.stall_ns),
           .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
-          .num_fetched = num_rows - plan.num_hits + prefetched.ready,
-          .num_prefetch_used = prefetched.used,
-          .num_prefetch_wasted = prefetched.wasted,
-          .num_prefetch_regretted = prefetched.regretted,
           .moved_bytes = static_cast<double>(moved_bytes),
-          .bytes_per_second = transfers_.measured_bytes_per_second(),
-          .queued_bytes = static_cast<double>(transfers_.queue().queued_bytes())};
+          .bytes_per_second = transfers_.measured_bytes_per_second()};
 }
 
 void Simulator::Prefetch(const Plan& plan) {
-  ledger_.RecordPlan(plan);
-  const PrefetchLedger::Counts prefetched = ledger_.TakeCounts();
-  counts_.prefetch_hits += prefetched.ready;
-  horizon_ = config_.horizon == SimulatorConfig::kAutoHorizon
-                 ? scheduler_.BeginLayer(Observe(plan, prefetched))
-                 : config_.horizon;
-  counts_.horizon_sum += horizon_;
+  prefetcher_.RecordPlan(plan);
+  const int32_t horizon = prefetcher_.BeginLayer(Observe());
+  counts_.horizon_sum += horizon;
   predictions_.clear();
-  predictor_->Predict(step_, horizon_, predictions_);
-  if (config_.horizon != SimulatorConfig::kAutoHorizon) KeepTopK();
-  // First all that is resident is protected, so that no prefetch takes the slot of another.
-  for (const Prediction& prediction : predictions_) {
-    if (IsResident(prediction) && IsExpected(prediction)) PlanPrefetch(prediction);
-  }
-  for (const Prediction& prediction : predictions_) {
-    if (!IsResident(prediction) && IsWanted(prediction)) PlanPrefetch(prediction);
-  }
-}
-
-ExpertId Simulator::ExpertOf(const Prediction& prediction) const {
-  return {trace_.LayerOf(step_ + prediction.distance), prediction.expert};
-}
-
-bool Simulator::IsResident(const Prediction& prediction) const {
-  const ExpertIndex expert = ToIndex(table_.view(), ExpertOf(prediction));
-  return table_.view().expert_slot[Index(expert)] != SlotId::kNone;
-}
-
-bool Simulator::IsExpected(const Prediction& prediction) const {
-  return config_.horizon != SimulatorConfig::kAutoHorizon || scheduler_.Expects(prediction);
-}
-
-bool Simulator::IsWanted(const Prediction& prediction) const {
-  if (config_.horizon != SimulatorConfig::kAutoHorizon) return true;
-  const Tick needed_at = step_ + 1 + prediction.distance;
-  const size_t bytes_ahead = transfers_.queue().prefetch_bytes_until(needed_at);
-  return scheduler_.Admits(prediction, static_cast<double>(bytes_ahead));
-}
-
-void Simulator::PlanPrefetch(const Prediction& prediction) {
-  const Tick now = step_ + 1;
-  const Tick needed_at = now + prediction.distance;
-  const SlotId slot = planner_.PlanPrefetch(ExpertOf(prediction), now, needed_at);
-  if (slot == SlotId::kNone) return;
-  ledger_.RecordPrefetch(slot, ExpertOf(prediction), now);
-  if (next_uses_) RankByNextUse(slot);
-  transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
-}
-
-// A fixed horizon knows no need: it takes as many experts of each layer as a token uses.
-void Simulator::KeepTopK() {
-  int32_t distance = 0;
-  size_t place = 0;
-  std::erase_if(predictions_, [&](const Prediction& prediction) {
-    place = prediction.distance == distance ? place + 1 : 0;
-    distance = prediction.distance;
-    return place >= routed_.size();
+  predictor_->Predict(step_, horizon, predictions_);
+  prefetcher_.Prefetch(predictions_, [this](SlotId slot, Tick needed_at) {
+    if (next_uses_) RankByNextUse(slot);
+    transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
   });
 }
 

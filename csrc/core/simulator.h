@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "core/planner.h"
-#include "core/prefetch_ledger.h"
 #include "core/prefetch_scheduler.h"
+#include "core/prefetcher.h"
 #include "core/simulation/next_uses.h"
 #include "core/simulation/step_predictor.h"
 #include "core/simulation/virtual_transfers.h"
@@ -24,7 +24,7 @@ enum class PredictorKind : int32_t { kNone, kOracle, kRecorded, kTransition };
 PredictorKind ParsePredictor(std::string_view name);
 
 struct SimulatorConfig {
-  static constexpr int32_t kAutoHorizon = -1;
+  static constexpr int32_t kAutoHorizon = Prefetcher::kAutoHorizon;
 
   int32_t num_slots;
   size_t expert_bytes;
@@ -35,9 +35,10 @@ struct SimulatorConfig {
   int32_t horizon = kAutoHorizon;  // or that many layers, the top-k predictions of each
   LinkProfile link;
   size_t chunk_bytes = size_t{1} << 20;
-  int64_t layer_time_ns = 0;  // compute of one layer
-  double expert_share = 0.5;  // of the layer time: the routed experts, after the router
-  int64_t warmup_tokens = 0;  // left out of the results
+  size_t demand_chunk_bytes = 0;  // as for TransferQueue
+  int64_t layer_time_ns = 0;      // compute of one layer
+  double expert_share = 0.5;      // of the layer time: the routed experts, after the router
+  int64_t warmup_tokens = 0;      // left out of the results
 };
 
 struct SimulationResult {
@@ -57,7 +58,7 @@ struct SimulationResult {
 // not there yet: that wait is the stall. Deterministic.
 class Simulator {
  public:
-  static constexpr int32_t kMaxHorizon = 8;
+  static constexpr int32_t kMaxHorizon = Prefetcher::kMaxHorizon;
 
   // Keeps a view of the trace. Throws std::invalid_argument for a configuration that does not fit.
   Simulator(const TraceView& trace, const SimulatorConfig& config);
@@ -71,7 +72,7 @@ class Simulator {
   SimulationResult RunAll();
 
   SimulationResult result() const;
-  int32_t horizon() const { return horizon_; }
+  int32_t horizon() const { return prefetcher_.horizon(); }
   // Copies that start later take the time that this link needs.
   void set_link(const LinkProfile& link) { transfers_.set_link(link); }
 
@@ -79,14 +80,8 @@ class Simulator {
   void RunLayer();
   const Plan& PlanLayer(int32_t layer);
   void PostMisses(const Plan& plan);
-  LayerObservation Observe(const Plan& plan, const PrefetchLedger::Counts& prefetched);
+  LayerObservation Observe();
   void Prefetch(const Plan& plan);
-  ExpertId ExpertOf(const Prediction& prediction) const;
-  bool IsResident(const Prediction& prediction) const;
-  bool IsExpected(const Prediction& prediction) const;
-  bool IsWanted(const Prediction& prediction) const;
-  void PlanPrefetch(const Prediction& prediction);
-  void KeepTopK();
   void ComputeExperts(const Plan& plan);
   void RankByNextUse(SlotId slot);
   void ResetCounts();
@@ -96,15 +91,13 @@ class Simulator {
   SlotTable table_;
   Planner planner_;
   VirtualTransfers transfers_;
-  PrefetchScheduler scheduler_;
-  PrefetchLedger ledger_;
+  Prefetcher prefetcher_;
   std::unique_ptr<StepPredictor> predictor_;
   std::optional<NextUses> next_uses_;
   std::vector<int64_t> routed_;  // [top_k]
   std::vector<Prediction> predictions_;
   int64_t step_ = 0;
   int64_t now_ns_ = 0;
-  int32_t horizon_ = 0;
   SimulationResult counts_;
   // Totals when the scheduler looked last.
   struct {

@@ -66,14 +66,25 @@ EXPERTFLOW_HD inline void Unassign(const SlotTableView& table, SlotId slot) {
   table.slot_unused[s] = 0;
 }
 
+// How functions add to a counter where one thread does all the planning. Threads that plan together
+// pass something atomic instead, which also need not wait for the value before.
+struct AddPlainly {
+  template <class Int>
+  EXPERTFLOW_HD void operator()(Int& counter, Int amount) const {
+    counter += amount;
+  }
+};
+
 // Gives a slot that is not in flight to `expert`, which must not be resident; whatever the slot
 // held is evicted.
-EXPERTFLOW_HD inline void Assign(const SlotTableView& table, SlotId slot, ExpertIndex expert) {
+template <class Add = AddPlainly>
+EXPERTFLOW_HD inline void Assign(const SlotTableView& table, SlotId slot, ExpertIndex expert,
+                                 const Add& add = {}) {
   Unassign(table, slot);
   const int32_t s = Index(slot);
   table.slot_expert[s] = expert;
   table.slot_state[s] = SlotState::kPosted;
-  ++table.slot_generation[s];
+  add(table.slot_generation[s], uint32_t{1});
   table.expert_slot[Index(expert)] = slot;
 }
 

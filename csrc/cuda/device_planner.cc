@@ -1,7 +1,6 @@
 #include "cuda/device_planner.h"
 
 #include <cstddef>
-#include <stdexcept>
 
 #include "core/eviction/decayed_frequency.h"
 #include "cuda/cuda_error.h"
@@ -29,10 +28,8 @@ DevicePlanner::DevicePlanner(int32_t num_layers, int32_t num_experts, int32_t nu
                                  reinterpret_cast<const int32_t*>(log2_table_.data()),
                                  reinterpret_cast<LayerStatistics*>(statistics_.data()))) {
   if (config.policy == PolicyKind::kPredictedNeed) {
-    throw std::invalid_argument(
-        "policy predicted_need learns on the host, and the planner kernel has no learner of its "
-        "own "
-        "yet: use decayed_frequency, lru, two_level_lru or on_demand");
+    need_ = std::make_unique<DeviceNeedState>(num_layers, num_experts, config.top_k, num_slots);
+    planning_.need = need_->view();
   }
   const DecayedFrequency::Log2Table log2_table = DecayedFrequency::MakeLog2Table();
   Copy(log2_table_.data(), log2_table.data(), log2_table_.num_bytes());
@@ -52,6 +49,10 @@ void DevicePlanner::PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* pl
                    .plan = plan,
                    .host_plan = host_plan},
                   stream);
+}
+
+void DevicePlanner::Learn(int32_t layer, cudaStream_t stream) {
+  if (need_ != nullptr) LaunchLearnNeeds(planning_, layer, stream);
 }
 
 std::vector<LayerStatistics> DevicePlanner::ReadStatistics() const {

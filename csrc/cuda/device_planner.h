@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/layer_plan.h"
@@ -10,6 +11,7 @@
 #include "core/planning.h"
 #include "core/statistics.h"
 #include "cuda/device_memory.h"
+#include "cuda/device_need_state.h"
 #include "cuda/device_slot_table.h"
 
 namespace expertflow {
@@ -29,8 +31,13 @@ class DevicePlanner {
   void PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* plan, LayerPlan* host_plan,
                  MissFetch fetch, cudaStream_t stream);
 
+  // Enqueues what the policy learns from the layer's last plan, see LaunchLearnNeeds; nothing for a
+  // policy that does not learn.
+  void Learn(int32_t layer, cudaStream_t stream);
+
   DeviceSlotTable& table() { return table_; }
   const PlanningView& planning() const { return planning_; }
+  PlanClock* clock() { return clock_; }  // in device memory
 
   // These wait for all work of the device.
   std::vector<LayerStatistics> ReadStatistics() const;
@@ -44,6 +51,7 @@ class DevicePlanner {
   DeviceMemory statistics_;
   DeviceMemory clock_memory_;
   PlanClock* clock_;
+  std::unique_ptr<DeviceNeedState> need_;  // of PolicyKind::kPredictedNeed
   PlanningView planning_;
 };
 

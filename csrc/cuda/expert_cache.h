@@ -2,29 +2,24 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
-#include <string>
-#include <thread>
+#include <utility>
 #include <vector>
 
-#include "core/bandwidth_estimator.h"
 #include "core/cache_control.h"
 #include "core/expert_layout.h"
 #include "core/expert_source.h"
+#include "cuda/copy_lanes.h"
 #include "cuda/device_memory.h"
-#include "cuda/event.h"
 #include "cuda/expert_mlp.h"
 #include "cuda/id_readback.h"
-#include "cuda/pinned_pool.h"
+#include "cuda/shared_control.h"
+#include "cuda/slot_uses.h"
 #include "cuda/stall_timer.h"
-#include "cuda/stream.h"
 
 namespace expertflow::cuda {
 
@@ -33,6 +28,7 @@ namespace expertflow::cuda {
 // other source is read by `num_threads` threads into pinned staging memory and copied from there.
 //
 //   plan = BeginLayer(layer, ids, stream)   waits for the ids, posts what is missing
+//   horizon = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
 //   Prefetch(later layer, ids)              any time
 //   for each row: Wait(row, stream); enqueue its work on the stream; Release(row, stream)
 //
@@ -61,7 +57,7 @@ class ExpertCache {
 
   // The ids that the current plan was made for, on the host.
   std::span<const int64_t> routed_ids() const { return routed_ids_; }
-  const Plan* plan() const { return control_.plan(); }
+  const Plan* plan() const { return shared_.control.plan(); }
   const std::optional<ExpertMlp>& mlp() const { return device_->mlp; }
 
   // What is enqueued on `stream` from now on finds the row's expert in its slot. Blocks the host
@@ -74,100 +70,56 @@ class ExpertCache {
 
   int32_t Prefetch(int32_t layer, std::span<const int64_t> expert_ids, int32_t distance);
 
+  // The adaptive way: see the calls of CacheControl.
+  void SetHorizon(int32_t horizon);
+  int32_t BeginPrefetch();
+  int32_t PrefetchPredicted(std::span<const float> need);
+  int32_t horizon() const;
+
   std::byte* slot_data(SlotId slot) const {
     return device_->slots.data() + static_cast<size_t>(Index(slot)) * slot_bytes_;
   }
   const ExpertLayout& layout() const { return layout_; }
   size_t slot_bytes() const { return slot_bytes_; }
-  int32_t num_slots() const { return control_.table().num_slots; }
+  int32_t num_slots() const { return shared_.control.table().num_slots; }
+  int32_t num_experts() const { return shared_.control.table().num_experts; }  // of a layer
   int device() const { return device_number_; }
 
   std::vector<uint8_t> Residents(int32_t layer) const;  // see CacheControl
   std::vector<LayerStatistics> statistics();            // [num_layers]
+  PrefetchStatistics prefetch_statistics() const;
   void ResetStatistics();
   double bandwidth_bytes_per_second() const;
 
  private:
-  using Lock = std::unique_lock<std::mutex>;
-  using Generation = uint32_t;  // as in SlotTableView
+  using Lock = SharedControl::Lock;
 
-  // One thread that copies, and its chunks under way: at most two, so that the copy engine never
-  // idles and a demand overtakes prefetches after two chunks.
-  static constexpr size_t kDepth = 2;
-  struct Lane {
-    std::byte* staging[kDepth] = {};  // none for a pinned pool
-    CudaEvent copied[kDepth];
-    std::thread thread;
-  };
-  struct Flight {
-    Chunk chunk;
-    size_t place;  // in the lane
-    double begin_us;
-  };
-  // How far the copies into a slot are, read without the lock.
-  struct SlotProgress {
-    std::atomic<Generation> submitted{0};  // the last transfer that was submitted whole, or ended
-    std::atomic<Generation> ended{0};
-    Generation generation = 0;  // of the transfer that is being submitted
-    size_t submitted_bytes = 0;
-    size_t use = 0;  // index in `uses` of the last use of the slot
-  };
-  struct Use {
-    CudaEvent event;
-    cudaStream_t stream = nullptr;
-  };
   // All that belongs to the device; leaked in a forked child.
   struct Device {
+    Device(DeviceMemory memory, int32_t num_slots) : slots(std::move(memory)), uses(num_slots) {}
+
     DeviceMemory slots;
-    CudaStream copy_stream;
-    std::optional<PinnedMemory> staging;
-    std::vector<std::unique_ptr<Lane>> lanes;
-    std::vector<CudaEvent> arrivals;  // [num_slots] the last transfer into the slot is complete
-    std::vector<Use> uses;            // a ring: the slots that refer to it were last used before
+    SlotUses uses;
     IdReadback readback;
     StallTimer stalls;
     std::optional<ExpertMlp> mlp;
-    std::condition_variable work_posted;
+    std::optional<CopyLanes> lanes;  // last: its threads use the others
   };
 
-  // Locks without sleeping: the lock is held for a few microseconds at most, and to be woken up
-  // takes ten times as long.
-  Lock Acquire() const;
   void LoadAll();
-  void StartLanes(size_t chunk_bytes);
-  void StopLanes();
-  void RunLane(Lane& lane);
-  bool AwaitPost(uint64_t num_posts);
-  std::optional<Chunk> TakeChunk(size_t& use);
-  bool Submit(Lane& lane, const Flight& flight, size_t use);
-  bool FinishIfCopied(const Lane& lane, const Flight& flight);
-  void Finish(const Flight& flight, const std::optional<std::string>& error);
-  void NoteSubmitted(const Chunk& chunk);
   void CollectStalls();
-  void NotifyPosted();
   void RecordUses(cudaStream_t stream);
-  size_t RecordUse(cudaStream_t stream);
   void CancelAll(Lock& lock);
-  SlotProgress& progress(SlotId slot) { return progress_[static_cast<size_t>(Index(slot))]; }
 
   std::shared_ptr<const ExpertSource> source_;
-  const PinnedPool* pinned_pool_;  // the source, if it can be copied from directly
-  int32_t num_lanes_;
   ExpertLayout layout_;
   size_t slot_bytes_;
   int device_number_;
   int fork_generation_;
-  std::unique_ptr<Device> device_;
-  std::unique_ptr<SlotProgress[]> progress_;  // [num_slots]
   std::span<const int64_t> routed_ids_;
   cudaStream_t plan_stream_ = nullptr;
-
-  mutable std::mutex mutex_;  // guards everything below, and what is not atomic in `progress_`
-  CacheControl control_;
-  BandwidthEstimator bandwidth_;
-  size_t next_use_ = 0;
-  bool stopping_ = false;
-  std::atomic<uint64_t> num_posts_{0};  // grows whenever there may be a new chunk
+  SharedControl shared_;
+  std::unique_ptr<Device> device_;
 };
 
 }  // namespace expertflow::cuda

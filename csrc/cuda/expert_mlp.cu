@@ -157,12 +157,13 @@ void ExpertMlp::UseKernelsOf() {
   using enum mlp::Stage;
   const auto variant = [this]<int kTokens>() -> Variant {
     if (shape_.kind == ExpertMlpKind::kStandard) {
-      return {kTokens, mlp::kRingBytes,
+      using Layout = mlp::RowLayout<Scalar, kGateUp>;
+      return {kTokens, Layout::kThreads, mlp::kRingBytes<Layout>,
               reinterpret_cast<const void*>(&mlp::RowKernel<Scalar, kTokens, kGateUp>),
               reinterpret_cast<const void*>(&mlp::RowKernel<Scalar, kTokens, kDown>)};
     }
-    return {kTokens,
-            mlp::kRingBytes + sizeof(mlp::WarpSums<Scalar, kTokens>) + mlp::kInputCacheBytes,
+    return {kTokens, mlp::ColumnLayout<Scalar, kGateUp>::kThreads,
+            mlp::kColumnSharedBytes<Scalar, kTokens>,
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kGateUp>),
             reinterpret_cast<const void*>(&mlp::ColumnKernel<Scalar, kTokens, kDown>)};
   };
@@ -182,24 +183,27 @@ void ExpertMlp::PrepareDevice() {
       &max_shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   overlaps_ = true;
   for (Variant& variant : variants_) {
-    // A block of the down kernel starts beside one of the gate-up kernel only if both find the
-    // multiprocessor split alike between shared memory and L1, which holds the inputs.
     const auto shared_bytes = static_cast<int>(variant.shared_bytes);
-    const int percent = std::min(100, (2 * (shared_bytes + 1024) * 100 - 1) / max_shared_bytes + 1);
     int blocks_per_multiprocessor = std::numeric_limits<int>::max();
     for (const void* kernel : {variant.gate_up, variant.down}) {
       EXPERTFLOW_CUDA_CHECK(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           std::to_string(shared_bytes) + " bytes of shared memory");
-      EXPERTFLOW_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
       overlaps_ = overlaps_ && CanOverlap(kernel);
       int num_blocks;
       EXPERTFLOW_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &num_blocks, kernel, mlp::kThreads, variant.shared_bytes));
+          &num_blocks, kernel, variant.num_threads, variant.shared_bytes));
       blocks_per_multiprocessor = std::min(blocks_per_multiprocessor, num_blocks);
     }
-    // One block loads while the other sums up, and the next kernel's blocks take the places of this
+    // A block of one kernel starts beside one of the other only if both find the multiprocessor
+    // split alike between shared memory and L1, which holds the inputs.
+    const int needed_bytes = blocks_per_multiprocessor * (shared_bytes + 1024);
+    const int percent = std::min(100, (needed_bytes * 100 - 1) / max_shared_bytes + 1);
+    for (const void* kernel : {variant.gate_up, variant.down}) {
+      EXPERTFLOW_CUDA_CHECK(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
+    }
+    // One block loads while another sums up, and the next kernel's blocks take the places of this
     // one's one by one. At 1 token two blocks on each multiprocessor reach 84 % (Qwen3-30B-A3B) and
     // 98 % (Mixtral) of the rate of a kernel that only reads, one reaches 77 and 86 % (H100,
     // 2026-11-25).
@@ -229,7 +233,7 @@ void ExpertMlp::LaunchStage(const Variant& variant, const void* kernel, const ml
   void* arguments[] = {const_cast<mlp::Params*>(&params)};
   LaunchOverlapped({.kernel = kernel,
                     .num_blocks = variant.num_blocks,
-                    .num_threads = mlp::kThreads,
+                    .num_threads = static_cast<unsigned>(variant.num_threads),
                     .shared_bytes = variant.shared_bytes,
                     .overlaps_previous = overlaps_},
                    arguments, stream);

@@ -75,12 +75,15 @@ class ExpertMlp {
   // Enqueues on `stream` and returns; what it reads of `batch` on the host may be freed at once.
   // Can be captured in a graph. Throws std::invalid_argument for a batch that is not as described,
   // also if a place is given twice or a pointer is not aligned to 16 bytes. Slots are not checked.
+  // Weights are read while the kernel ahead of this one in the stream may still run: it must not
+  // write slots. Copies may, of this stream or ordered by events.
   void Launch(const ExpertMlpBatch& batch, cudaStream_t stream) const;
 
  private:
   // The two kernels for up to max_tokens tokens of an expert at once.
   struct Variant {
     int32_t max_tokens;
+    int32_t num_threads;
     size_t shared_bytes;
     const void* gate_up;
     const void* down;
@@ -96,8 +99,7 @@ class ExpertMlp {
 
   ExpertMlpShape shape_;
   Variant variants_[kNumVariants];
-  // A kernel starts while the one before it ends. The gate-up kernel touches no memory until that
-  // one has ended; the down kernel loads weights before.
+  // A kernel starts while the one before it ends, and loads weights meanwhile.
   bool overlaps_ = false;
 };
 

@@ -15,13 +15,14 @@ namespace expertflow {
 // work before the wait and one after the wait. Not thread-safe.
 class StallTimer {
  public:
-  // From here on `stream` has nothing to do for MoE layer `layer`, until End.
-  void Begin(cudaStream_t stream, int32_t layer);
+  // From here on `stream` has nothing to do for MoE layer `layer`, until End; `is_late`: it waits
+  // for a prefetch.
+  void Begin(cudaStream_t stream, int32_t layer, bool is_late);
   void End(cudaStream_t stream);
 
-  // Calls `add(layer, stall_us)` for every interval that is over on the device, in order, up to the
-  // first that is not.
-  void Collect(const std::function<void(int32_t layer, double stall_us)>& add);
+  // Calls `add` for every interval that is over on the device, in order, up to the first that is
+  // not.
+  void Collect(const std::function<void(int32_t layer, double stall_us, bool is_late)>& add);
 
   // Intervals from before are not counted.
   void Forget();
@@ -32,6 +33,7 @@ class StallTimer {
     CudaEvent before{CudaEvent::Timing::kOn};
     CudaEvent after{CudaEvent::Timing::kOn};
     int32_t layer = kForgotten;
+    bool is_late = false;
   };
 
   std::vector<Interval> intervals_;

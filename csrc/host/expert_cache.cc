@@ -75,12 +75,13 @@ const Plan& ExpertCache::BeginLayer(int32_t layer, std::span<const int64_t> expe
                                     int32_t num_tokens) {
   CheckSameProcess(fork_generation_);
   Lock lock(mutex_);
-  const Plan* plan = control_.BeginLayer(layer, expert_ids, num_tokens);
+  const double begin_us = NowUs();
+  const Plan* plan = control_.BeginLayer(layer, expert_ids, num_tokens, begin_us);
   if (plan == nullptr) {  // transfers hold every slot
-    const double begin_us = NowUs();
     CancelAll(lock);
-    control_.statistics()[static_cast<size_t>(layer)].stall_us += NowUs() - begin_us;
-    plan = control_.BeginLayer(layer, expert_ids, num_tokens);
+    const double free_us = NowUs();
+    control_.RecordStall(layer, free_us - begin_us, /*is_late=*/false);
+    plan = control_.BeginLayer(layer, expert_ids, num_tokens, free_us);
   }
   if (control_.HasChunk()) crew_->work_posted.notify_all();
   return *plan;
@@ -95,8 +96,8 @@ void ExpertCache::Wait(int32_t row) {
     // The row may be ready before a chunk of a prefetch is, so those are left to the workers.
     if (!control_.NextIsDemand() || !CopyOneChunk(lock)) crew_->chunk_finished.wait(lock);
   }
-  const auto layer = static_cast<size_t>(control_.plan()->layer);
-  control_.statistics()[layer].stall_us += NowUs() - begin_us;
+  const bool is_late = control_.RowAt(row).state == RowState::kLoading;
+  control_.RecordStall(control_.plan()->layer, NowUs() - begin_us, is_late);
 }
 
 void ExpertCache::Release(int32_t row) {
@@ -116,6 +117,32 @@ int32_t ExpertCache::Prefetch(int32_t layer, std::span<const int64_t> expert_ids
   const int32_t num_posted = control_.Prefetch(layer, expert_ids, distance);
   if (num_posted > 0) crew_->work_posted.notify_all();
   return num_posted;
+}
+
+void ExpertCache::SetHorizon(int32_t horizon) {
+  CheckSameProcess(fork_generation_);
+  const Lock lock(mutex_);
+  control_.set_horizon(horizon);
+}
+
+int32_t ExpertCache::BeginPrefetch() {
+  CheckSameProcess(fork_generation_);
+  const Lock lock(mutex_);
+  return control_.BeginPrefetch(bandwidth_.bytes_per_second());
+}
+
+int32_t ExpertCache::PrefetchPredicted(std::span<const float> need) {
+  CheckSameProcess(fork_generation_);
+  const Lock lock(mutex_);
+  const int32_t num_posted = control_.PrefetchPredicted(need);
+  if (num_posted > 0) crew_->work_posted.notify_all();
+  return num_posted;
+}
+
+int32_t ExpertCache::horizon() const {
+  CheckSameProcess(fork_generation_);
+  const Lock lock(mutex_);
+  return control_.horizon();
 }
 
 void ExpertCache::WorkerLoop() {
@@ -163,6 +190,12 @@ std::vector<LayerStatistics> ExpertCache::statistics() const {
   CheckSameProcess(fork_generation_);
   const Lock lock(mutex_);
   return control_.statistics();
+}
+
+PrefetchStatistics ExpertCache::prefetch_statistics() const {
+  CheckSameProcess(fork_generation_);
+  const Lock lock(mutex_);
+  return control_.prefetch_statistics();
 }
 
 void ExpertCache::ResetStatistics() {

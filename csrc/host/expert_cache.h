@@ -23,6 +23,7 @@ namespace expertflow {
 // The expert cache of the CPU backend: slots in RAM, filled from a source by worker threads.
 //
 //   plan = BeginLayer(layer, ids)       posts what is missing
+//   horizon = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
 //   Prefetch(later layer, ids)          any time
 //   for each row: Wait(row); compute with slot_data(rows[row].slot); Release(row)
 //
@@ -60,14 +61,22 @@ class ExpertCache {
   // meets the error, if it persists.
   int32_t Prefetch(int32_t layer, std::span<const int64_t> expert_ids, int32_t distance);
 
+  // The adaptive way: see the calls of CacheControl.
+  void SetHorizon(int32_t horizon);
+  int32_t BeginPrefetch();
+  int32_t PrefetchPredicted(std::span<const float> need);
+  int32_t horizon() const;
+
   std::byte* slot_data(SlotId slot) const {
     return slots_ + static_cast<size_t>(Index(slot)) * slot_stride_bytes_;
   }
   size_t slot_bytes() const { return slot_bytes_; }
   int32_t num_slots() const { return control_.table().num_slots; }
+  int32_t num_experts() const { return control_.table().num_experts; }  // of a layer
 
   std::vector<uint8_t> Residents(int32_t layer) const;  // see CacheControl
   std::vector<LayerStatistics> statistics() const;      // [num_layers]
+  PrefetchStatistics prefetch_statistics() const;
   void ResetStatistics();
   double bandwidth_bytes_per_second() const;
 

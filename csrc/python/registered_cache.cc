@@ -1,5 +1,7 @@
 #include "python/registered_cache.h"
 
+#include <stdexcept>
+
 #include "core/planner.h"
 
 namespace expertflow {
@@ -34,7 +36,8 @@ ExpertCacheOptions MakeCacheOptions(const ExpertLayout& layout, int32_t num_laye
           .num_threads = num_threads};
 }
 
-py::dict StatisticsDict(const std::vector<LayerStatistics>& layers) {
+py::dict StatisticsDict(const std::vector<LayerStatistics>& layers,
+                        const PrefetchStatistics& prefetched, int32_t horizon) {
   LayerStatistics total;
   py::list of_layers;
   for (const LayerStatistics& layer : layers) {
@@ -42,8 +45,19 @@ py::dict StatisticsDict(const std::vector<LayerStatistics>& layers) {
     of_layers.append(ToDict(layer));
   }
   py::dict result = ToDict(total);
+  result["prefetch_hits"] = prefetched.hits;
+  result["prefetches_used"] = prefetched.used;
+  result["prefetches_wasted"] = prefetched.wasted;
+  result["horizon"] = horizon;
   result["layers"] = of_layers;
   return result;
+}
+
+std::span<const float> NeedValues(const NeedArray& need, int32_t num_experts) {
+  if (need.ndim() != 2 || need.shape(1) != num_experts) {
+    throw std::invalid_argument("need must be [distances, " + std::to_string(num_experts) + "]");
+  }
+  return {need.data(), static_cast<size_t>(need.size())};
 }
 
 }  // namespace expertflow

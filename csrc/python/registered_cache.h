@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 
 #include "core/cache_control.h"
 #include "core/expert_layout.h"
+#include "core/prefetcher.h"
 #include "core/statistics.h"
 #include "host/cache_registry.h"
 
@@ -43,7 +45,14 @@ ExpertCacheOptions MakeCacheOptions(const ExpertLayout& layout, int32_t num_laye
                                     double decay, size_t chunk_bytes, int32_t num_threads);
 
 // Totals, with the layers' own figures under "layers".
-pybind11::dict StatisticsDict(const std::vector<LayerStatistics>& layers);
+pybind11::dict StatisticsDict(const std::vector<LayerStatistics>& layers,
+                              const PrefetchStatistics& prefetched, int32_t horizon);
+
+// [distances, num_experts] from Python.
+using NeedArray = pybind11::array_t<float, pybind11::array::c_style | pybind11::array::forcecast>;
+
+// Throws std::invalid_argument for another shape.
+std::span<const float> NeedValues(const NeedArray& need, int32_t num_experts);
 
 // The properties that the caches of all backends have.
 template <class Class>
@@ -59,7 +68,27 @@ void DefineCacheProperties(Class& cache_class) {
              return pybind11::array_t<uint8_t>(static_cast<pybind11::ssize_t>(is_resident.size()),
                                                is_resident.data());
            })
-      .def("statistics", [](Registered& c) { return StatisticsDict(c.cache().statistics()); })
+      .def_property_readonly("horizon", [](Registered& c) { return c.cache().horizon(); })
+      .def(
+          "set_horizon", [](Registered& c, int32_t horizon) { c.cache().SetHorizon(horizon); },
+          pybind11::arg("horizon"))
+      .def(
+          "begin_prefetch", [](Registered& c) { return c.cache().BeginPrefetch(); },
+          pybind11::call_guard<pybind11::gil_scoped_release>())
+      .def(
+          "prefetch_predicted",
+          [](Registered& c, const NeedArray& need) {
+            const std::span<const float> values = NeedValues(need, c.cache().num_experts());
+            const pybind11::gil_scoped_release unlocked;
+            return c.cache().PrefetchPredicted(values);
+          },
+          pybind11::arg("need"))
+      .def("statistics",
+           [](Registered& c) {
+             auto& cache = c.cache();
+             return StatisticsDict(cache.statistics(), cache.prefetch_statistics(),
+                                   cache.horizon());
+           })
       .def("reset_statistics", [](Registered& c) { c.cache().ResetStatistics(); });
 }
 

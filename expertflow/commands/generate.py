@@ -63,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
         pool=options.pool,
         device=device,
         ram_limit=options.ram_limit,
+        prefetch=options.prefetch,
         routing=routing,
         progress=sys.stderr.isatty(),
     )

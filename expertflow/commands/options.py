@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from .._core import POLICIES
+from .._core import MAX_HORIZON, POLICIES
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,25 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool", choices=("ram", "file"), default="ram")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument(
+        "--prefetch",
+        type=prefetch,
+        default=False,
+        metavar="auto|N|off",
+        help=f"auto, or 1 to {MAX_HORIZON} layers ahead (default off)",
+    )
+    parser.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 (default: auto)"
     )
     add_ram_limit(parser)
+
+
+def prefetch(text: str) -> str | int:
+    """Parse what `from_pretrained` takes as `prefetch`; "off" is False."""
+    if text in ("auto", "off"):
+        return "auto" if text == "auto" else False
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_HORIZON:
+        raise argparse.ArgumentTypeError(f"{text} is not auto, off or 1 to {MAX_HORIZON}")
+    return int(text)
 
 
 def positive(text: str) -> int:

@@ -14,11 +14,33 @@
 
 #include "host_block.h"
 #include "paired_planners.h"
+#include "recorded_routing.h"
 
 namespace expertflow {
 namespace {
 
 constexpr int32_t kNumThreads = 32;
+
+// The state of the need model on blocks, in host memory.
+class HostNeedState {
+ public:
+  HostNeedState(const Shape& shape)
+      : arrays_(shape.num_layers, shape.num_experts, shape.top_k, shape.num_slots),
+        latest_count_(static_cast<size_t>(shape.num_layers)),
+        latest_(static_cast<size_t>(shape.num_layers * shape.num_experts)),
+        to_learn_(static_cast<size_t>(shape.num_layers), -1) {}
+
+  BlockNeedState view() {
+    return {arrays_.state(), latest_count_.data(), latest_.data(), to_learn_.data(), &retried_};
+  }
+
+ private:
+  NeedArrays arrays_;
+  std::vector<int32_t> latest_count_;
+  std::vector<int32_t> latest_;
+  std::vector<int64_t> to_learn_;
+  NeedRetry retried_;
+};
 
 // The planner kernel on the CPU, with a table of its own.
 class CpuBlockPlanner {
@@ -26,8 +48,11 @@ class CpuBlockPlanner {
   CpuBlockPlanner(const Shape& shape, const PlannerConfig& config)
       : table_(shape.num_layers, shape.num_experts, shape.num_slots),
         statistics_(static_cast<size_t>(shape.num_layers)),
-        first_of_expert_(static_cast<size_t>(shape.num_experts)),
+        need_(shape),
+        words_(static_cast<size_t>(NumPlannerWords(PolicyKind::kPredictedNeed, shape.num_experts) +
+                                   need_.view().model.width)),
         planning_(MakePlanningView(config, table_.view(), log2_table_.data(), statistics_.data())) {
+    planning_.need = need_.view();
   }
 
   const LayerPlan& PlanLayer(int32_t layer, const std::vector<int64_t>& ids, MissFetch fetch) {
@@ -43,12 +68,11 @@ class CpuBlockPlanner {
                                    .host_plan = &host_plan_};
     WithPolicy(planning_.policy, [&]<class Policy>(Policy) {
       RunHostBlock(NumThreads(request.ids.count), [&](HostBlock& block) {
-        BlockPlanner<Policy, HostBlock>(block, *shared_, first_of_expert_.data(), planning_,
-                                        request)
-            .Run();
+        BlockPlanner<Policy, HostBlock>(block, *shared_, words_.data(), planning_, request).Run();
       });
     });
     ExpectEqualPlans(host_plan_, plan_);
+    if (planning_.policy == PolicyKind::kPredictedNeed) Learn(layer);
     return host_plan_;
   }
 
@@ -58,13 +82,23 @@ class CpuBlockPlanner {
   void SetTick(Tick now) { clock_.now = now; }
 
  private:
+  void Learn(int32_t layer) {
+    int32_t* first_use = words_.data() + NumNeedWords(planning_.table.num_experts);
+    RunHostBlock(kNumThreads, [&](HostBlock& block) {
+      BlockNeedModel<HostBlock>(block, shared_->need, words_.data(), planning_.need, layer)
+          .Learn(first_use);
+    });
+  }
+
   static int32_t NumThreads(int32_t num_ids) {
+    constexpr int32_t kWarpSize = HostBlock::kWarpSize;
     return std::max((num_ids + kWarpSize - 1) / kWarpSize * kWarpSize, kNumThreads);
   }
 
   SlotTable table_;
   std::vector<LayerStatistics> statistics_;
-  std::vector<int32_t> first_of_expert_;
+  HostNeedState need_;
+  std::vector<int32_t> words_;
   DecayedFrequency::Log2Table log2_table_ = DecayedFrequency::MakeLog2Table();
   PlanningView planning_;
   std::unique_ptr<BlockPlannerShared> shared_ = std::make_unique<BlockPlannerShared>();
@@ -86,6 +120,11 @@ TEST_P(BlockPlannerTest, DecidesAsTheHostPlannerDoes) {
 TEST_P(BlockPlannerTest, DecidesAlikeOnSkewedRouting) {
   const auto [policy, scope] = GetParam();
   PairedPlanners<CpuBlockPlanner>(Shape{3, 32, 4, 30}, policy, scope).RunSkewed(25);
+}
+
+TEST_P(BlockPlannerTest, DecidesAlikeOnRecordedRouting) {
+  const auto [policy, scope] = GetParam();
+  ExpectEqualOnRecordedRouting<CpuBlockPlanner>(policy, scope, /*num_tokens=*/20);
 }
 
 TEST(BlockPlannerRefusalTest, IdsThatTheLayerLacksChangeNothing) {

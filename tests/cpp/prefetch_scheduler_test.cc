@@ -37,6 +37,11 @@ TEST(HorizonControllerTest, LooksAheadAsFarAsTheBurstTakes) {
   EXPECT_EQ(controller.horizon(), 4);
 }
 
+TEST(HorizonControllerTest, LooksOneLayerAheadHoweverFastTheLink) {
+  HorizonController controller(8, 4, kExpertBytes);
+  EXPECT_EQ(Step(controller, 8e12), 1);  // 1 us
+}
+
 TEST(HorizonControllerTest, QueuedBytesCount) {
   HorizonController controller(8, 4, kExpertBytes);
   for (int i = 0; i < 1000; ++i) {

@@ -48,12 +48,14 @@ struct DecayedFrequency {
   // just fetched has the lowest frequency of all and would lose its slot to the next layer before
   // it could be used again. And what is predicted inside the horizon, as the two-level LRU does: a
   // prefetched expert is mostly one of low frequency.
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotTableView& table,
-                                    int32_t slot, Tick now) {
-    const int64_t key = table.slot_key[slot];
-    const bool just_used = table.slot_needed[slot] > now - params.protected_ticks;
-    const bool predicted = table.slot_predicted[slot] >= now;
-    return key >= 0 && (just_used || predicted) ? key + kProtected : key;
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotUse& slot, Tick now) {
+    const bool just_used = slot.needed > now - params.protected_ticks;
+    const bool predicted = slot.predicted >= now;
+    return slot.key >= 0 && (just_used || predicted) ? slot.key + kProtected : slot.key;
+  }
+
+  EXPERTFLOW_HD static int64_t Origin(const EvictionParams& params, Tick now) {
+    return now * params.decay_per_tick_q24;
   }
 };
 

@@ -44,11 +44,24 @@ inline Tick ProtectedTicks(CacheScope scope, int32_t num_layers) {
 // Added to the rank of a slot that goes only after all that are not protected.
 constexpr int64_t kProtected = int64_t{1} << 62;
 
-// A policy is two functions, for host and device alike:
+// What a slot is ranked by; plain values, so that a kernel reads them long before it ranks.
+struct SlotUse {
+  int64_t key;
+  Tick needed;
+  Tick predicted;
+};
+
+EXPERTFLOW_HD inline SlotUse UseOf(const SlotTableView& table, int32_t slot) {
+  return {table.slot_key[slot], table.slot_needed[slot], table.slot_predicted[slot]};
+}
+
+// A policy is three functions, for host and device alike:
 //   KeyOnUse  the key of an expert that is used at tick `now`, given its `expert_key` before; it is
 //             not negative
-//   Rank      the slot's rank among the victims at tick `now`: the smallest goes first, ties go to
+//   Rank      a slot's rank among the victims at tick `now`: the smallest goes first, ties go to
 //             the lower slot. It is the slot's key or above, so a scan reads little more than keys,
 //             and that of an empty slot is its key
+//   Origin    a key near those of the experts in use at tick `now`: ranks that lie within 2^30 of
+//             it are told apart in 32 bits (core/block_selection.h), others with more work
 
 }  // namespace expertflow

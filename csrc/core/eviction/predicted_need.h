@@ -11,9 +11,11 @@ namespace expertflow {
 struct PredictedNeed {
   static constexpr int64_t kKeyOfZero = int64_t{1} << 40;  // keys of used experts are positive
 
+  EXPERTFLOW_HD static int64_t KeyOf(int32_t score) { return kKeyOfZero + score; }
+
   EXPERTFLOW_HD static void RecordScore(const SlotTableView& table, ExpertIndex expert,
                                         int32_t score) {
-    const int64_t key = kKeyOfZero + score;
+    const int64_t key = KeyOf(score);
     table.expert_key[Index(expert)] = key;
     const SlotId slot = table.expert_slot[Index(expert)];
     // A key below zero stays: a long prompt left the expert there.
@@ -26,12 +28,12 @@ struct PredictedNeed {
     return key == kNeverUsed ? kKeyOfZero : key;  // prefetched before its layer was ever planned
   }
 
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotTableView& table, int32_t slot,
-                                    Tick now) {
-    const int64_t key = table.slot_key[slot];
-    const bool predicted = key >= 0 && table.slot_predicted[slot] >= now;
-    return predicted ? key + kProtected : key;
+  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotUse& slot, Tick now) {
+    const bool predicted = slot.key >= 0 && slot.predicted >= now;
+    return predicted ? slot.key + kProtected : slot.key;
   }
+
+  EXPERTFLOW_HD static int64_t Origin(const EvictionParams&, Tick) { return kKeyOfZero; }
 };
 
 }  // namespace expertflow

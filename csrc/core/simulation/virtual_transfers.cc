@@ -10,11 +10,13 @@
 namespace expertflow {
 
 VirtualTransfers::VirtualTransfers(SlotTable& table, Planner& planner, size_t expert_bytes,
-                                   size_t chunk_bytes, const LinkProfile& link)
+                                   size_t chunk_bytes, size_t demand_chunk_bytes,
+                                   const LinkProfile& link)
     : table_(table.view()),
       planner_(planner),
       expert_bytes_(expert_bytes),
-      queue_(table.view().num_slots, AlignUp(chunk_bytes, kSlotAlignment), kMaxChunksInFlight) {
+      queue_(table.view().num_slots, AlignUp(chunk_bytes, kSlotAlignment), kMaxChunksInFlight,
+             AlignUp(demand_chunk_bytes, kSlotAlignment)) {
   set_link(link);
   copies_.reserve(kMaxChunksInFlight);
 }

@@ -25,7 +25,7 @@ class VirtualTransfers {
 
   // Throws std::invalid_argument for a bandwidth that is not positive or a negative latency.
   VirtualTransfers(SlotTable& table, Planner& planner, size_t expert_bytes, size_t chunk_bytes,
-                   const LinkProfile& link);
+                   size_t demand_chunk_bytes, const LinkProfile& link);
 
   // Queues the transfer of what `slot` was assigned to.
   void Post(SlotId slot, TransferClass transfer_class, Tick needed_at, int64_t now_ns);

@@ -7,8 +7,6 @@
 
 namespace expertflow::mlp {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
 constexpr int kMaxTokens = 8;  // of one expert at once; more are a second pass over its weights
 
 // Which of an expert's two matrices a kernel applies.

@@ -30,12 +30,6 @@ __device__ inline float GatedGptOss(float gate, float up) {
 template <class Scalar, ExpertMlpKind kKind, Stage kStage>
 __device__ void WriteResult(const Params& params, const Pass& pass, int pair_in_pass, int i,
                             float first, float second) {
-  if constexpr (kKind == ExpertMlpKind::kGptOss) {
-    const auto* bias = reinterpret_cast<const Scalar*>(
-        params.bias + static_cast<size_t>(pass.slot) * params.slot_stride_bytes);
-    first = __fadd_rn(first, ToFloat(bias[2 * i]));
-    second = __fadd_rn(second, ToFloat(bias[2 * i + 1]));
-  }
   auto* output = static_cast<Scalar*>(params.output);
   const int row = params.output_rows[pass.first_pair + pair_in_pass];
   if constexpr (kStage == Stage::kDown) {

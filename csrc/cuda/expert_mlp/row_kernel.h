@@ -18,6 +18,10 @@ namespace expertflow::mlp {
 template <class Scalar, Stage kStage>
 class RowLayout {
  public:
+  static constexpr int kThreads = 512;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kDepth = 3;
+
   __device__ explicit RowLayout(const Params& params)
       : num_units_(params.num_outputs / 2),
         num_chunks_(params.num_inputs / kChunkElements<Scalar>),
@@ -26,8 +30,7 @@ class RowLayout {
   __device__ int num_units() const { return num_units_; }
   __device__ int num_steps() const { return (num_chunks_ + 31) / 32; }
   __device__ int ChunkAt(int step) const { return step * 32 + lane_; }
-  __device__ bool HasFirst(int step) const { return ChunkAt(step) < num_chunks_; }
-  __device__ bool HasSecond(int step) const { return HasFirst(step); }
+  __device__ bool Has(int step) const { return ChunkAt(step) < num_chunks_; }
   __device__ size_t step_bytes() const { return 32 * 16; }
   __device__ size_t second_bytes() const {
     return row_bytes() * static_cast<size_t>(kStage == Stage::kGateUp ? num_units_ : 1);
@@ -76,8 +79,9 @@ __device__ void MultiplyRows(const WeightPair& weights, const uint4* const (&inp
 }
 
 template <class Scalar, int kTokens, Stage kStage>
-__global__ void __launch_bounds__(kThreads, kTokens <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(RowLayout<Scalar, kStage>::kThreads, kTokens <= 4 ? 2 : 1)
     RowKernel(const __grid_constant__ Params params) {
+  constexpr int kWarps = RowLayout<Scalar, kStage>::kWarps;
   extern __shared__ uint4 ring[];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const RowLayout<Scalar, kStage> layout(params);
@@ -85,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 4 ? 2 : 1)
   const int grid = static_cast<int>(gridDim.x);
   const int first_unit = static_cast<int>(threadIdx.x) / 32 * grid + static_cast<int>(blockIdx.x);
   WeightStream stream(params, layout, ring, first_unit, kWarps * grid);
-  stream.template Start<kStage>();
+  stream.Start();
 
   const int num_units = params.num_passes * layout.num_units();
   for (int unit = first_unit; unit < num_units; unit += kWarps * grid) {
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 4 ? 2 : 1)
     }
     for (int step = 0; step < layout.num_steps(); ++step) {
       const WeightPair weights = stream.Take();
-      if (!layout.HasFirst(step)) continue;
+      if (!layout.Has(step)) continue;
       MultiplyRows<Scalar>(weights, inputs, layout.ChunkAt(step), pass.num_pairs, first, second);
     }
     float first_sum = 0;

@@ -10,20 +10,20 @@
 
 namespace expertflow::mlp {
 
-constexpr int kDepth = 4;
-constexpr size_t kRingBytes = size_t{kDepth} * 2 * kThreads * 16;
-
 struct WeightPair {
   uint4 first;
   uint4 second;
 };
 
+template <class Layout>
+constexpr size_t kRingBytes = size_t{Layout::kDepth} * 2 * Layout::kThreads * 16;
+
 // A thread's share of the weights, in the order it uses them, through its own part of a ring in
-// shared memory: up to kDepth steps of two 16-byte chunks are under way at any time, also across
-// the end of a unit, which a load into registers would not give at this register count. 64 KiB in
-// flight for each block cover the latency of HBM at its full rate (4.4 TB/s · 0.9 µs / 132
-// = 30 KiB) with room for waiting. No other thread touches this thread's part, so it needs no
-// barrier.
+// shared memory: up to Layout::kDepth steps of two 16-byte chunks are under way at any time, also
+// across the end of a unit, which a load into registers would not give at this register count. 96
+// KiB in flight on each multiprocessor cover the latency of HBM at its full rate (4.4 TB/s · 0.9 µs
+// / 132 = 30 KiB) with room for waiting; more only makes the first weights wait for others' last.
+// No other thread touches this thread's part, so it needs no barrier.
 //
 // The work of a kernel is a list of units: `Layout::num_units()` for each pass, pass after pass.
 // The thread takes units first_unit, first_unit + unit_stride, ...
@@ -41,19 +41,16 @@ class WeightStream {
     StartUnit();
   }
 
-  // Waits for the kernel before; what it wrote may be read afterwards. The gate-up kernel reads
-  // nothing until then: kernels before it may have written the slots. The next kernel may start
-  // from here on, not earlier, and so it finds ended all but this one: the down kernel loads its
-  // first weights at once.
-  template <Stage kStage>
+  // Loads the first weights, then waits for the kernel before, whose results may be read
+  // afterwards. The next kernel may start from here on, not earlier, and so it finds ended all but
+  // this one.
   __device__ void Start() {
-    if constexpr (kStage == Stage::kDown) FillRing();
+    for (int i = 0; i < kDepth; ++i) StartStep();
     WaitForPrerequisites();
     LetDependentsStart();
-    if constexpr (kStage == Stage::kGateUp) FillRing();
   }
 
-  // The next step's weights; a chunk that the layout says is not there has no defined value.
+  // The next step's weights; what the layout says is not there has no defined value.
   __device__ WeightPair Take() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
     const uint4* slot = ring_ + slot_ * kSlotChunks;
@@ -63,11 +60,9 @@ class WeightStream {
   }
 
  private:
+  static constexpr int kThreads = Layout::kThreads;
+  static constexpr int kDepth = Layout::kDepth;
   static constexpr int kSlotChunks = 2 * kThreads;
-
-  __device__ void FillRing() {
-    for (int i = 0; i < kDepth; ++i) StartStep();
-  }
 
   __device__ void StartUnit() {
     step_ = 0;
@@ -78,18 +73,23 @@ class WeightStream {
         unit_ % layout_.num_units());
   }
 
+  __device__ void NextStep() {
+    next_ += layout_.step_bytes();
+    if (++step_ < layout_.num_steps()) return;
+    unit_ += unit_stride_;
+    StartUnit();
+  }
+
   // Loads into the slot that was taken last (or, first, into each). A group is committed also when
   // there is nothing left to load, so that the count of groups stays the count of steps.
   __device__ void StartStep() {
     if (unit_ < num_units_) {
       uint4* slot = ring_ + slot_ * kSlotChunks;
-      if (layout_.HasFirst(step_)) Copy(slot, next_);
-      if (layout_.HasSecond(step_)) Copy(slot + kThreads, next_ + layout_.second_bytes());
-      next_ += layout_.step_bytes();
-      if (++step_ == layout_.num_steps()) {
-        unit_ += unit_stride_;
-        StartUnit();
+      if (layout_.Has(step_)) {
+        Copy(slot, next_);
+        Copy(slot + kThreads, next_ + layout_.second_bytes());
       }
+      NextStep();
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;

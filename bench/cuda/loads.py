@@ -1,0 +1,155 @@
+"""What decodes in prefetch.py: a model's layers beside its experts' pool, on a GPU or the CPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import decode
+import numpy as np
+import torch
+
+from expertflow import ExpertCache, _core, ops
+from expertflow.link_profiles import LinkProfile
+from expertflow.traces import Trace
+
+CHUNK_BYTES = 5 << 20  # what ExpertCache prefetches at a time on CUDA
+LARGE_COPY_BYTES = 256 << 20
+
+
+class Load(Protocol):
+    """A model that decodes over the trace, and the pool of its experts."""
+
+    name: str
+    expert_bytes: int
+    demand_chunk_bytes: int  # 0: as of prefetches
+
+    def cache(self, num_slots: int, policy: str) -> ExpertCache: ...
+    def begin(self) -> None:
+        """The next token is the first one."""
+
+    def plan(self, cache: ExpertCache, token: int, layer: int) -> None:
+        """Compute `layer` up to its experts, and plan these."""
+
+    def compute(self, cache: ExpertCache, layer: int) -> None: ...
+    def end_token(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def link(self) -> LinkProfile: ...
+
+
+class GpuLoad:
+    demand_chunk_bytes = 24 << 20  # what the cache demands at a time from a pinned pool
+
+    def __init__(self, trace: Trace, context: int) -> None:
+        shape = decode.Shape(
+            "docs-moe-12x32 at DeepSeek-V2-Lite's sizes",
+            "",
+            *(trace.num_layers, trace.num_experts, trace.top_k, 2048, 1408, 16, 16, 192),
+            vocabulary=256,
+            shared=2816,
+            context=context,
+        )
+        self.decoder = decode.Decoder(shape, trace.expert_ids)
+        self.expert_bytes: int = self.decoder.layout.slot_bytes
+        self.set_context(context)
+
+    def set_context(self, context: int) -> None:
+        """Make other layers over the same pool, which takes seconds to pin."""
+        decoder = self.decoder
+        decoder.shape = replace(decoder.shape, context=context)
+        decoder.layers = [decode.Layer(decoder.shape, i) for i in range(decoder.shape.layers)]
+        self.graphs = [
+            decode.captured(lambda layer=layer: decoder.before(layer))
+            for layer in range(decoder.shape.layers + 1)
+        ]
+        self.name = f"{torch.cuda.get_device_name()}, context {context}"
+
+    def cache(self, num_slots: int, policy: str) -> ExpertCache:
+        shape = self.decoder.shape
+        return ExpertCache(
+            self.decoder.pool,
+            self.decoder.layout,
+            dict(shape.segments),
+            *(shape.layers, shape.experts, shape.top_k),
+            num_slots=num_slots,
+            policy=policy,
+            device=decode.DEVICE,
+            mlp_hidden=shape.hidden,
+        )
+
+    def begin(self) -> None:
+        self.decoder.token.zero_()
+
+    def plan(self, cache: ExpertCache, token: int, layer: int) -> None:
+        self.graphs[layer].replay()
+        ops.plan(cache.handle, self.decoder.layers[layer].ids, layer)
+
+    def compute(self, cache: ExpertCache, layer: int) -> None:
+        parts = self.decoder.layers[layer]
+        ops.compute(cache.handle, parts.hidden, parts.weights, self.decoder.output)
+
+    def end_token(self) -> None:
+        self.graphs[-1].replay()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def link(self) -> LinkProfile:
+        bandwidth = decode.raw_bandwidth(LARGE_COPY_BYTES)
+        latency = CHUNK_BYTES / decode.raw_bandwidth(CHUNK_BYTES) - CHUNK_BYTES / bandwidth
+        return LinkProfile(bandwidth / 1e9, max(latency, 0.0) * 1e6)
+
+
+class CpuLoad:
+    demand_chunk_bytes = 0
+
+    def __init__(self, trace: Trace, expert_bytes: int, layer_us: float) -> None:
+        self.sizes = (trace.num_layers, trace.num_experts, trace.top_k)
+        self.ids = torch.from_numpy(trace.expert_ids.astype(np.int64))
+        self.layout = _core.ExpertLayout([("weight", "bfloat16", expert_bytes // 2)])
+        self.pool = _core.RamPool(self.layout, trace.num_layers * trace.num_experts)
+        for expert in range(trace.num_layers * trace.num_experts):
+            self.pool.expert_memory(expert).fill(expert % 251)  # so that there are pages to copy
+        self.expert_bytes: int = self.layout.slot_bytes
+        self.seconds = layer_us * 1e-6
+        self.rows: list[list[int]] = []
+        self.name = f"CPU, {layer_us:g} us slept a layer"
+
+    def cache(self, num_slots: int, policy: str) -> ExpertCache:
+        shapes = {"weight": (self.expert_bytes // 2,)}
+        return ExpertCache(
+            self.pool,
+            self.layout,
+            shapes,
+            *self.sizes,
+            num_slots=num_slots,
+            policy=policy,
+            num_threads=1,
+        )
+
+    def begin(self) -> None: ...
+
+    def plan(self, cache: ExpertCache, token: int, layer: int) -> None:
+        time.sleep(self.seconds)
+        self.rows = ops.plan(cache.handle, self.ids[token : token + 1, layer], layer).tolist()
+
+    def compute(self, cache: ExpertCache, layer: int) -> None:
+        for row, (_, _, state, _, next_row, _) in enumerate(self.rows):
+            if state != ops.HIT:
+                ops.wait(cache.handle, row)
+            if next_row != ops.NO_ROW:
+                ops.release(cache.handle, row)
+
+    def end_token(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def link(self) -> LinkProfile:
+        target = np.empty(self.expert_bytes, np.uint8)
+        num_experts = self.sizes[0] * self.sizes[1]
+        begin = time.perf_counter()
+        for expert in range(num_experts):
+            target[:] = self.pool.expert_memory(expert)[: self.expert_bytes]
+        seconds = time.perf_counter() - begin
+        return LinkProfile(num_experts * self.expert_bytes / seconds / 1e9, 0.0)

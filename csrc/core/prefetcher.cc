@@ -1,0 +1,146 @@
+#include "core/prefetcher.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace expertflow {
+
+Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, const TransferQueue& queue,
+                       const PlannerConfig& config)
+    : table_(table),
+      planner_(planner),
+      queue_(queue),
+      top_k_(config.top_k),
+      scheduler_(
+          {.max_horizon = kMaxHorizon, .top_k = config.top_k, .expert_bytes = config.expert_bytes}),
+      ledger_(table) {
+  ranked_.reserve(static_cast<size_t>(kMaxHorizon) * static_cast<size_t>(table.num_experts));
+}
+
+void Prefetcher::set_horizon(int32_t horizon) {
+  if (horizon < kAutoHorizon || horizon > kMaxHorizon) {
+    throw std::invalid_argument("horizon must be auto or 0 to " + std::to_string(kMaxHorizon) +
+                                ", not " + std::to_string(horizon));
+  }
+  chosen_horizon_ = horizon;
+}
+
+void Prefetcher::RecordPlan(const Plan& plan) {
+  layer_ = plan.layer;
+  tick_ = plan.tick;
+  is_streaming_ = plan.streaming;
+  ledger_.RecordPlan(plan);
+  const PrefetchLedger::Counts counts = ledger_.TakeCounts();
+  num_fetched_ = static_cast<int32_t>(plan.rows.size()) - plan.num_hits + counts.ready;
+  counts_.used += counts.used;
+  counts_.wasted += counts.wasted;
+  counts_.regretted += counts.regretted;
+  statistics_.hits += counts.ready;
+  statistics_.used += counts.used;
+  statistics_.wasted += counts.wasted;
+}
+
+int32_t Prefetcher::BeginLayer(LayerObservation measured) {
+  if (is_fixed() || is_streaming_) return BeginUnmeasuredLayer();
+  const PrefetchLedger::Counts counts = std::exchange(counts_, {});
+  measured.num_fetched = num_fetched_;
+  measured.num_prefetch_used = counts.used;
+  measured.num_prefetch_wasted = counts.wasted;
+  measured.num_prefetch_regretted = counts.regretted;
+  measured.queued_bytes = static_cast<double>(queue_.queued_bytes());
+  return horizon_ = scheduler_.BeginLayer(measured);
+}
+
+int32_t Prefetcher::BeginUnmeasuredLayer() {
+  counts_ = {};
+  // A prompt keeps the link busy with what it needs, and takes few slots: there is no room.
+  if (is_streaming_) return horizon_ = 0;
+  return horizon_ = is_fixed() ? chosen_horizon_ : scheduler_.horizon();
+}
+
+int32_t Prefetcher::Prefetch(std::vector<Prediction>& predictions, const Post& post) {
+  if (is_fixed()) KeepTopK(predictions);
+  const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };
+  // First all that is resident is protected, so that no prefetch takes the slot of another.
+  for (const Prediction& p : predictions) {
+    if (IsResident(p) && IsExpected(p)) Take(ExpertOf(p), needed_at(p));
+  }
+  int32_t num_posted = 0;
+  for (const Prediction& p : predictions) {
+    if (IsResident(p) || !IsWanted(p)) continue;
+    const SlotId slot = Take(ExpertOf(p), needed_at(p));
+    if (slot == SlotId::kNone) continue;
+    post(slot, needed_at(p));
+    ++num_posted;
+  }
+  return num_posted;
+}
+
+int32_t Prefetcher::PrefetchNeeded(std::span<const float> need, const Post& post) {
+  const auto num_experts = static_cast<size_t>(table_.num_experts);
+  if (need.size() % num_experts != 0) {
+    throw std::invalid_argument("need must be [distances, " + std::to_string(num_experts) + "]");
+  }
+  const auto num_distances = std::min(need.size() / num_experts, static_cast<size_t>(horizon_));
+  ranked_.clear();
+  for (size_t row = 0; row < num_distances; ++row) {
+    RankRow(static_cast<int32_t>(row) + 1, need.subspan(row * num_experts, num_experts));
+  }
+  return Prefetch(ranked_, post);
+}
+
+// What is not even expected would not be admitted either.
+void Prefetcher::RankRow(int32_t distance, std::span<const float> need) {
+  const auto first = std::ssize(ranked_);
+  for (int32_t expert = 0; expert < table_.num_experts; ++expert) {
+    const Prediction prediction{distance, expert, need[static_cast<size_t>(expert)]};
+    if (prediction.need > 0.0F && IsExpected(prediction)) ranked_.push_back(prediction);
+  }
+  const auto begin = ranked_.begin() + first;
+  const auto count = ranked_.end() - begin;
+  const auto num_ranked = is_fixed() ? std::min<ptrdiff_t>(count, top_k_) : count;
+  std::partial_sort(begin, begin + num_ranked, ranked_.end(),
+                    [](const Prediction& a, const Prediction& b) {
+                      return a.need != b.need ? a.need > b.need : a.expert < b.expert;
+                    });
+}
+
+SlotId Prefetcher::Take(ExpertId expert, Tick needed_at) {
+  const SlotId slot = planner_.PlanPrefetch(expert, tick_, needed_at);
+  if (slot != SlotId::kNone) ledger_.RecordPrefetch(slot, expert, tick_);
+  return slot;
+}
+
+ExpertId Prefetcher::ExpertOf(const Prediction& prediction) const {
+  return {(layer_ + prediction.distance) % table_.num_layers, prediction.expert};
+}
+
+bool Prefetcher::IsResident(const Prediction& prediction) const {
+  const ExpertIndex expert = ToIndex(table_, ExpertOf(prediction));
+  return table_.expert_slot[Index(expert)] != SlotId::kNone;
+}
+
+bool Prefetcher::IsExpected(const Prediction& prediction) const {
+  return is_fixed() || scheduler_.Expects(prediction);
+}
+
+bool Prefetcher::IsWanted(const Prediction& prediction) const {
+  if (is_fixed()) return true;
+  const size_t bytes_ahead = queue_.prefetch_bytes_until(tick_ + prediction.distance);
+  return scheduler_.Admits(prediction, static_cast<double>(bytes_ahead));
+}
+
+// A fixed horizon knows no need: it takes as many experts of each layer as a token uses.
+void Prefetcher::KeepTopK(std::vector<Prediction>& predictions) const {
+  int32_t distance = 0;
+  int32_t place = 0;
+  std::erase_if(predictions, [&](const Prediction& prediction) {
+    place = prediction.distance == distance ? place + 1 : 0;
+    distance = prediction.distance;
+    return place >= top_k_;
+  });
+}
+
+}  // namespace expertflow

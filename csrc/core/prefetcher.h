@@ -1,0 +1,102 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "core/ids.h"
+#include "core/plan.h"
+#include "core/planner.h"
+#include "core/prefetch_ledger.h"
+#include "core/prefetch_scheduler.h"
+#include "core/slot_table.h"
+#include "core/transfer_queue.h"
+
+namespace expertflow {
+
+// What became of prefetched experts since the last reset.
+struct PrefetchStatistics {
+  int64_t hits = 0;    // needed for the first time, and there in time
+  int64_t used = 0;    // hits, and those that came late
+  int64_t wasted = 0;  // evicted without a use
+};
+
+// Carries out what the scheduler decides about predictions: which experts to fetch ahead, and which
+// residents to keep until then. The caches and the simulator decide with it alike.
+//
+//   RecordPlan(plan)                     every plan
+//   horizon = BeginLayer(measured)       what to predict for that plan's layer
+//   Prefetch(predictions, post)
+//
+// A prediction of distance d is about MoE layer (planned layer + d) modulo the number of layers:
+// past the last layer those of the next token follow. Allocates nothing after construction, but for
+// what `post` does. The caller serialises the calls.
+class Prefetcher {
+ public:
+  static constexpr int32_t kAutoHorizon = -1;
+  static constexpr int32_t kMaxHorizon = 8;
+
+  // Queues the transfer of the expert that `slot` was given to, which is needed at `needed_at`.
+  using Post = std::function<void(SlotId slot, Tick needed_at)>;
+
+  // All of the same cache; the references are kept.
+  Prefetcher(const SlotTableView& table, Planner& planner, const TransferQueue& queue,
+             const PlannerConfig& config);
+
+  // kAutoHorizon, or a fixed number of layers: then the top-k predictions of each are fetched, and
+  // nothing is refused. Throws std::invalid_argument for others than 0 to kMaxHorizon.
+  void set_horizon(int32_t horizon);
+
+  void RecordPlan(const Plan& plan);
+
+  // Returns how many layers ahead to predict and prefetch for the plan recorded last. `measured`
+  // holds times, moved bytes and bandwidth; the rest is filled in here.
+  int32_t BeginLayer(LayerObservation measured);
+  // The same where nothing of use was measured: the scheduler learns nothing.
+  int32_t BeginUnmeasuredLayer();
+
+  // Protects those of `predictions` that are resident and expected, and posts those that are
+  // admitted, in this order: the nearer layers first, the more probable expert first. With a fixed
+  // horizon, drops all but the top-k of each distance. Returns how many were posted.
+  int32_t Prefetch(std::vector<Prediction>& predictions, const Post& post);
+
+  // The same for the probabilities `need` [distances, num_experts]: row d - 1 is about the layer d
+  // ahead. Rows beyond the horizon are ignored. Throws std::invalid_argument for another shape.
+  int32_t PrefetchNeeded(std::span<const float> need, const Post& post);
+
+  // A slot for one expert, whatever the scheduler thinks of it; see Planner::PlanPrefetch.
+  SlotId Take(ExpertId expert, Tick needed_at);
+
+  int32_t horizon() const { return horizon_; }  // of the layer begun last
+  const PrefetchStatistics& statistics() const { return statistics_; }
+  void ResetStatistics() { statistics_ = {}; }
+
+ private:
+  bool is_fixed() const { return chosen_horizon_ != kAutoHorizon; }
+  ExpertId ExpertOf(const Prediction& prediction) const;
+  bool IsResident(const Prediction& prediction) const;
+  bool IsExpected(const Prediction& prediction) const;
+  bool IsWanted(const Prediction& prediction) const;
+  void RankRow(int32_t distance, std::span<const float> need);
+  void KeepTopK(std::vector<Prediction>& predictions) const;
+
+  SlotTableView table_;
+  Planner& planner_;
+  const TransferQueue& queue_;
+  int32_t top_k_;
+  PrefetchScheduler scheduler_;
+  PrefetchLedger ledger_;
+  int32_t chosen_horizon_ = kAutoHorizon;
+  int32_t horizon_ = 0;
+  int32_t layer_ = 0;  // of the last plan, as the next three
+  Tick tick_ = 0;
+  bool is_streaming_ = false;
+  int32_t num_fetched_ = 0;
+  PrefetchLedger::Counts counts_;  // that the scheduler has not seen
+  PrefetchStatistics statistics_;
+  std::vector<Prediction> ranked_;  // [kMaxHorizon * num_experts] at most
+};
+
+}  // namespace expertflow

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "core/block_planner.h"
+#include "cuda/cuda_block.h"
+#include "cuda/overlapped_launch.h"
+
+// How the planner kernel is launched on a `Block`; the benchmarks bring one that takes the time.
+// For CUDA sources only.
+
+namespace expertflow {
+
+template <class Policy, class Block>
+__global__ void __launch_bounds__(CudaBlock::kMaxThreads)
+    PlanLayerKernel(const PlanningView planning, const LayerPlanRequest request, Block block) {
+  __shared__ BlockPlannerShared shared;
+  extern __shared__ int32_t shared_words[];
+  BlockPlanner<Policy, Block>(block, shared, shared_words, planning, request).Run();
+}
+
+inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t limit) {
+  if (holds) return;
+  throw std::invalid_argument(std::string("the planner kernel cannot plan ") + what + " " +
+                              std::to_string(value) + ": the limit is " + std::to_string(limit));
+}
+
+// Few slots for each thread, so that they are read at once, a thread for every id, and enough warps
+// to find a token's victims in one pass.
+inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRequest& request) {
+  constexpr int32_t kMinWarps = 8;
+  constexpr int32_t kMaxWarps = CudaBlock::kMaxThreads / CudaBlock::kWarpSize;
+  static_assert(kMaxWarps <= kMaxBlockWarps && CudaBlock::kMaxThreads >= kMaxRoutedIds);
+  constexpr int32_t kPerTile = OwnSlots<Lru, CudaBlock>::kPerTile;
+  const SlotRange range = RangeOf(planning, request.layer);
+  const int32_t wanted =
+      std::max((range.end - range.begin + kPerTile - 1) / kPerTile, request.ids.count);
+  const int32_t num_warps = (wanted + CudaBlock::kWarpSize - 1) / CudaBlock::kWarpSize;
+  return std::clamp(num_warps, kMinWarps, kMaxWarps) * CudaBlock::kWarpSize;
+}
+
+// Throws as LaunchPlanLayer does.
+template <class Block>
+void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPlanRequest& request,
+                       cudaStream_t stream) {
+  constexpr size_t kMaxDynamicBytes = 48 * 1024 - sizeof(BlockPlannerShared);
+  const int64_t num_words = NumPlannerWords(planning.policy, planning.table.num_experts);
+  const size_t shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words);
+  CheckPlannable(request.layer >= 0 && request.layer < planning.table.num_layers, "layer",
+                 request.layer, planning.table.num_layers - 1);
+  CheckPlannable(request.ids.count >= 0 && request.ids.count <= kMaxRoutedIds, "routed ids",
+                 request.ids.count, kMaxRoutedIds);
+  CheckPlannable(shared_bytes <= kMaxDynamicBytes, "experts per layer", planning.table.num_experts,
+                 planning.table.num_experts * static_cast<int64_t>(kMaxDynamicBytes) /
+                     static_cast<int64_t>(shared_bytes));
+  const auto num_threads = static_cast<unsigned>(NumPlannerThreads(planning, request));
+  WithPolicy(planning.policy, [&]<class Policy>(Policy) {
+    const auto* kernel = reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block>);
+    void* arguments[] = {const_cast<PlanningView*>(&planning),
+                         const_cast<LayerPlanRequest*>(&request), &block};
+    LaunchOverlapped({.kernel = kernel,
+                      .num_blocks = 1,
+                      .num_threads = num_threads,
+                      .shared_bytes = shared_bytes,
+                      .overlaps_previous = CanOverlap(kernel)},
+                     arguments, stream);
+  });
+}
+
+}  // namespace expertflow

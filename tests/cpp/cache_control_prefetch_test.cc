@@ -1,0 +1,196 @@
+// The adaptive prefetching of a cache, under a clock and a link of the test's own.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <optional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "core/cache_control.h"
+
+namespace expertflow {
+namespace {
+
+using testing::ElementsAre;
+using testing::IsEmpty;
+using testing::SizeIs;
+
+constexpr int32_t kLayers = 6;
+constexpr int32_t kExperts = 8;
+constexpr int32_t kTopK = 2;
+constexpr size_t kExpertBytes = 4096;
+constexpr double kLayerUs = 100.0;
+constexpr double kFast = 1.25;  // experts that the link brings in a layer's time
+
+ExpertCacheOptions Options(int32_t num_slots, PolicyKind policy = PolicyKind::kLru) {
+  return {.num_layers = kLayers,
+          .num_experts = kExperts,
+          .num_slots = num_slots,
+          .planner = {.top_k = kTopK, .expert_bytes = kExpertBytes, .policy = policy},
+          .chunk_bytes = kExpertBytes};
+}
+
+class CacheControlPrefetchTest : public testing::Test {
+ protected:
+  void MakeControl(const ExpertCacheOptions& options) { control_.emplace(options, 2); }
+
+  // Plans a layer, brings everything that was posted, and returns the horizon.
+  int32_t RunLayer(int32_t layer, std::vector<int64_t> ids, int32_t num_tokens = 1) {
+    now_us_ += kLayerUs;
+    EXPECT_NE(control_->BeginLayer(layer, ids, num_tokens, now_us_), nullptr);
+    BringAll();
+    return control_->BeginPrefetch(experts_per_layer_ * kExpertBytes / kLayerUs * 1e6);
+  }
+
+  // All layers, `tokens` times, each with experts 0 and 1.
+  int32_t RunTokens(int32_t tokens) {
+    int32_t horizon = 0;
+    for (int32_t i = 0; i < tokens * kLayers; ++i) horizon = RunLayer(i % kLayers, {0, 1});
+    return horizon;
+  }
+
+  // Prefetches by rows of {expert, need}, and returns which experts were posted, in order.
+  std::vector<ExpertId> Prefetch(const std::vector<std::vector<std::pair<int, float>>>& rows) {
+    std::vector<float> need(rows.size() * kExperts);
+    for (size_t row = 0; row < rows.size(); ++row) {
+      for (const auto& [expert, p] : rows[row]) {
+        need[row * kExperts + static_cast<size_t>(expert)] = p;
+      }
+    }
+    const int32_t num_posted = control_->PrefetchPredicted(need);
+    std::vector<ExpertId> posted = BringAll();
+    EXPECT_THAT(posted, SizeIs(num_posted));
+    return posted;
+  }
+
+  std::vector<ExpertId> BringAll() {
+    std::vector<ExpertId> brought;
+    while (const std::optional<Chunk> chunk = control_->NextChunk()) {
+      brought.push_back(ToId(control_->table(), chunk->expert));
+      control_->FinishChunk(*chunk, std::nullopt);
+    }
+    return brought;
+  }
+
+  bool IsResident(ExpertId id) const {
+    const SlotTableView& table = control_->table();
+    return table.expert_slot[Index(ToIndex(table, id))] != SlotId::kNone;
+  }
+
+  std::optional<CacheControl> control_;
+  double now_us_ = 0.0;
+  double experts_per_layer_ = kFast;
+};
+
+TEST_F(CacheControlPrefetchTest, PrefetchesNothingBeforeItHasMeasured) {
+  MakeControl(Options(24));
+  EXPECT_EQ(control_->BeginPrefetch(1e9), 0) << "no plan yet";
+  EXPECT_EQ(RunLayer(0, {0, 1}), 0) << "no compute time yet";
+  experts_per_layer_ = 0.0;
+  EXPECT_EQ(RunLayer(1, {0, 1}), 0) << "no bandwidth yet";
+  EXPECT_THAT(Prefetch({{{3, 1.0F}}}), IsEmpty());
+  experts_per_layer_ = kFast;
+  EXPECT_EQ(RunLayer(2, {0, 1}), 2) << "two experts in 160 us";
+}
+
+TEST_F(CacheControlPrefetchTest, PostsWhatIsWorthItNearerLayersFirst) {
+  MakeControl(Options(24));
+  ASSERT_EQ(RunTokens(1), 2);  // layer 5 was planned: layers 0 and 1 of the next token follow
+  // The price is about 2, so 2/3 is the border; of a third expert only half fits before its layer.
+  const auto posted = Prefetch({{{4, 0.6F}, {5, 0.9F}}, {{2, 0.7F}, {6, 0.95F}}, {{7, 1.0F}}});
+  EXPECT_THAT(posted, ElementsAre(ExpertId{0, 5}, ExpertId{1, 6}));
+  RunLayer(0, {0, 5});
+  RunLayer(1, {0, 1});
+  EXPECT_EQ(control_->prefetch_statistics().hits, 1);
+  EXPECT_EQ(control_->prefetch_statistics().used, 1);
+}
+
+TEST_F(CacheControlPrefetchTest, KeepsResidentsThatAreExpected) {
+  for (const bool is_expected : {true, false}) {
+    MakeControl(Options(2 * kLayers));  // all that RunTokens needs, in LRU order
+    ASSERT_EQ(RunTokens(1), 2);
+    const float need = is_expected ? 0.9F : 0.1F;
+    EXPECT_THAT(Prefetch({{{0, need}, {1, need}, {4, 0.95F}}}), ElementsAre(ExpertId{0, 4}));
+    EXPECT_EQ(IsResident({0, 0}), is_expected);
+    EXPECT_EQ(IsResident({1, 0}), !is_expected) << "then another goes";
+  }
+}
+
+TEST_F(CacheControlPrefetchTest, PrefetchesNothingWhereTheLinkIsTooSlow) {
+  MakeControl(Options(24));
+  experts_per_layer_ = 0.05;
+  EXPECT_EQ(RunTokens(3), 0);
+  EXPECT_THAT(Prefetch({{{5, 1.0F}}}), IsEmpty());
+}
+
+TEST_F(CacheControlPrefetchTest, TurnsItselfOffWherePrefetchesAreWasted) {
+  MakeControl(Options(2 * kLayers));
+  bool was_off = false;
+  int64_t num_posted = 0;
+  for (int32_t i = 0; i < 4000 && !was_off; ++i) {
+    was_off = RunLayer(i % kLayers, {0, 1}) == 0 && i > kLayers;
+    num_posted += std::ssize(Prefetch({{{2 + i % 6, 0.9F}}}));
+  }
+  EXPECT_TRUE(was_off);
+  EXPECT_GT(num_posted, 0);
+  EXPECT_GT(control_->prefetch_statistics().wasted, num_posted / 2);
+}
+
+TEST_F(CacheControlPrefetchTest, PromptsAndPausesDoNotChangeTheHorizon) {
+  MakeControl(Options(24));
+  experts_per_layer_ = 0.3;
+  const int32_t horizon = RunTokens(40);
+  EXPECT_GE(horizon, 4);
+  for (int32_t layer = 0; layer < kLayers; ++layer) {
+    now_us_ += 1e6;
+    EXPECT_EQ(RunLayer(layer, {0, 1, 2, 3}, /*num_tokens=*/17), 0) << "nothing for prompts";
+    EXPECT_THAT(Prefetch({{{7, 1.0F}}}), IsEmpty());
+  }
+  for (int32_t token = 0; token < 5; ++token) {
+    now_us_ += 1e7;
+    for (int32_t layer = 0; layer < kLayers; ++layer) EXPECT_EQ(RunLayer(layer, {0, 1}), horizon);
+  }
+}
+
+TEST_F(CacheControlPrefetchTest, AFixedHorizonTakesTheTopKOfEachLayer) {
+  MakeControl(Options(24));
+  control_->set_horizon(2);
+  EXPECT_EQ(RunLayer(0, {0, 1}), 2) << "without any measurement";
+  const auto posted = Prefetch({{{4, 0.1F}, {5, 0.3F}, {6, 0.2F}}, {{7, 0.01F}}, {{7, 1.0F}}});
+  EXPECT_THAT(posted, ElementsAre(ExpertId{1, 5}, ExpertId{1, 6}, ExpertId{2, 7}));
+  control_->set_horizon(0);
+  EXPECT_EQ(RunLayer(1, {0, 1}), 0);
+  EXPECT_THAT(Prefetch({{{3, 1.0F}}}), IsEmpty());
+}
+
+TEST_F(CacheControlPrefetchTest, ACacheThatKeepsNothingPrefetchesNothing) {
+  MakeControl(Options(24, PolicyKind::kOnDemand));
+  EXPECT_EQ(RunTokens(2), 0);
+  control_->set_horizon(3);
+  EXPECT_EQ(RunTokens(1), 0);
+}
+
+TEST_F(CacheControlPrefetchTest, RefusesWhatHasNoMeaning) {
+  MakeControl(Options(24));
+  EXPECT_THROW(control_->set_horizon(-2), std::invalid_argument);
+  EXPECT_THROW(control_->set_horizon(9), std::invalid_argument);
+  RunTokens(1);
+  EXPECT_THROW(control_->PrefetchPredicted(std::vector<float>(kExperts + 1)),
+               std::invalid_argument);
+}
+
+TEST_F(CacheControlPrefetchTest, ResettingTheStatisticsKeepsWhatWasLearned) {
+  MakeControl(Options(24));
+  const int32_t horizon = RunTokens(40);
+  Prefetch({{{5, 1.0F}}});
+  RunLayer(0, {0, 5});
+  EXPECT_EQ(control_->prefetch_statistics().used, 1);
+  control_->ResetStatistics();
+  EXPECT_EQ(control_->prefetch_statistics().used, 0);
+  EXPECT_EQ(RunLayer(1, {0, 1}), horizon);
+}
+
+}  // namespace
+}  // namespace expertflow

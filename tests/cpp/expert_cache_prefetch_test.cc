@@ -1,0 +1,91 @@
+// Adaptive prefetching with threads that copy and a clock that runs.
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "core/prefetcher.h"
+#include "expert_cache_fixture.h"
+
+namespace expertflow {
+namespace {
+
+class ExpertCachePrefetchTest : public ExpertCacheTest {
+ protected:
+  // Needs of one layer ahead.
+  int32_t PrefetchSurely(const std::vector<int32_t>& experts) {
+    std::vector<float> need(kNumExperts);
+    for (const int32_t expert : experts) need[static_cast<size_t>(expert)] = 1.0F;
+    return cache_->PrefetchPredicted(need);
+  }
+};
+
+TEST_F(ExpertCachePrefetchTest, WhatIsForeseenIsThereInTime) {
+  MakeCache(Options(6));
+  constexpr int64_t kTokens = 6;
+  for (int64_t token = 0; token < kTokens; ++token) {
+    for (int32_t layer = 0; layer < kNumLayers; ++layer) {
+      const int64_t other = 2 + (token * kNumLayers + layer) % 6;  // never resident by itself
+      const Plan& plan = Begin(layer, {0, other});
+      const bool is_measured = token > 0 || layer > 0;
+      ASSERT_EQ(cache_->BeginPrefetch(), is_measured ? 1 : 0) << "token " << token;
+      const int64_t bytes_before = Total().prefetch_bytes;
+      const int32_t next = 2 + static_cast<int32_t>(other - 1) % 6;
+      const int32_t num_posted = PrefetchSurely({0, next});
+      ASSERT_EQ(num_posted > 0, is_measured);
+      WaitUntil([&] {
+        return Total().prefetch_bytes >= bytes_before + num_posted * int64_t{kExpertBytes};
+      });
+      Compute(plan);
+      std::this_thread::sleep_for(std::chrono::milliseconds(3));
+    }
+  }
+  const PrefetchStatistics prefetched = cache_->prefetch_statistics();
+  EXPECT_GE(prefetched.hits, kTokens * kNumLayers - 2);
+  EXPECT_EQ(prefetched.hits, prefetched.used);
+  EXPECT_EQ(cache_->horizon(), 1);
+}
+
+TEST_F(ExpertCachePrefetchTest, ACacheThatHoldsEverythingPrefetchesNothing) {
+  MakeCache(Options(kNumLayers * kNumExperts));
+  for (int32_t step = 0; step < 6; ++step) {
+    for (int32_t e = 0; e < kNumExperts; ++e) Compute(Begin(step % kNumLayers, {e}));
+    static_cast<void>(cache_->BeginPrefetch());
+    if (step >= kNumLayers) {
+      EXPECT_EQ(PrefetchSurely({1, 2, 3}), 0);
+    }
+  }
+}
+
+TEST_F(ExpertCachePrefetchTest, AFixedHorizonNeedsNoMeasurement) {
+  MakeCache(Options(8));
+  cache_->SetHorizon(1);
+  const Plan& plan = Begin(0, {0, 1});
+  EXPECT_EQ(cache_->BeginPrefetch(), 1);
+  EXPECT_EQ(PrefetchSurely({5, 6}), 2);
+  Compute(plan);
+  Compute(Begin(1, {5, 6}));
+  EXPECT_EQ(cache_->prefetch_statistics().used, 2);
+  EXPECT_THROW(cache_->SetHorizon(Prefetcher::kMaxHorizon + 1), std::invalid_argument);
+}
+
+TEST_F(ExpertCachePrefetchTest, WaitingForAPrefetchIsALateStall) {
+  source_->set_faults({.slow_percent = 100, .max_delay_us = 2000});
+  MakeCache(Options(8));
+  cache_->SetHorizon(1);
+  const Plan& plan = Begin(0, {0, 1});
+  static_cast<void>(cache_->BeginPrefetch());
+  EXPECT_EQ(PrefetchSurely({5}), 1);
+  Compute(plan);
+  Compute(Begin(1, {5}));
+  const LayerStatistics layer = cache_->statistics()[1];
+  EXPECT_EQ(layer.hits + layer.late_hits, 1);
+  EXPECT_EQ(cache_->prefetch_statistics().hits, layer.hits);
+  EXPECT_EQ(layer.late_hits > 0, layer.stall_us > 0.0);
+}
+
+}  // namespace
+}  // namespace expertflow

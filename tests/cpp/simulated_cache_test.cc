@@ -1,0 +1,199 @@
+// What an expert cache decides under a virtual clock, beside the simulator on the same trace: the
+// cache has other books (its own clock of layers, bytes counted when they have arrived), but must
+// come to the same stall.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "core/bandwidth_estimator.h"
+#include "core/cache_control.h"
+#include "core/simulator.h"
+#include "trace_fixture.h"
+
+namespace expertflow {
+namespace {
+
+constexpr int32_t kLayers = 6;
+constexpr int32_t kExperts = 16;
+constexpr int32_t kTopK = 2;
+constexpr int64_t kTokens = 2000;
+constexpr int64_t kLayerNs = 100'000;
+constexpr size_t kExpertBytes = size_t{1} << 20;
+constexpr size_t kChunkBytes = kExpertBytes / 4;
+
+// Adds guesses for up to four layers ahead that come true as often as they say.
+TestTrace Foreseen(TestTrace trace) {
+  constexpr uint32_t kPercent[] = {90, 45};
+  trace.num_distances = 4;
+  trace.num_candidates = kTopK;
+  uint32_t state = 5;
+  const auto draw = [&state] { return (state = state * 1664525U + 1013904223U) >> 16; };
+  const TraceView view = trace.view();
+  for (int64_t step = 0; step < view.num_steps(); ++step) {
+    for (int32_t d = 1; d <= trace.num_distances; ++d) {
+      const auto routed = view.experts(std::min(step + d, view.num_steps() - 1));
+      uint16_t id = routed[0];
+      for (size_t g = 0; g < kTopK; ++g) {
+        const bool comes_true = draw() % 100 < kPercent[g];
+        const uint16_t before = id;
+        id = routed[g];
+        while (!comes_true && (std::ranges::find(routed, id) != routed.end() || id == before)) {
+          id = static_cast<uint16_t>(draw() % kExperts);
+        }
+        trace.predicted_ids.push_back(id);
+        trace.need_q16.push_back(static_cast<uint16_t>(kPercent[g] * 65535 / 100));
+      }
+    }
+  }
+  return trace;
+}
+
+// The link of the simulator for a CacheControl: one copy after the other, two handed out.
+class VirtualCache {
+ public:
+  VirtualCache(const TraceView& trace, const SimulatorConfig& config)
+      : trace_(trace),
+        link_(config.link),
+        predictor_(trace),
+        control_({.num_layers = kLayers,
+                  .num_experts = kExperts,
+                  .num_slots = config.num_slots,
+                  .planner = {.top_k = kTopK,
+                              .expert_bytes = kExpertBytes,
+                              .policy = config.policy,
+                              .scope = config.scope},
+                  .chunk_bytes = kChunkBytes},
+                 VirtualTransfers::kMaxChunksInFlight) {
+    control_.set_horizon(config.horizon);
+  }
+
+  void Run() {
+    while (step_ < trace_.num_steps()) RunLayer();
+  }
+
+  double stall_us() const {
+    double stall_us = 0.0;
+    for (const LayerStatistics& layer : control_.statistics()) stall_us += layer.stall_us;
+    return stall_us;
+  }
+  double mean_horizon() const {
+    return static_cast<double>(horizon_sum_) / static_cast<double>(step_);
+  }
+  const PrefetchStatistics& prefetched() const { return control_.prefetch_statistics(); }
+
+ private:
+  struct Copy {
+    Chunk chunk;
+    double begin_ns;
+    double end_ns;
+  };
+
+  void RunLayer() {
+    AdvanceTo(now_ns_ + kLayerNs / 2);
+    const auto experts = trace_.experts(step_);
+    const std::vector<int64_t> routed(experts.begin(), experts.end());
+    const Plan* plan = control_.BeginLayer(trace_.LayerOf(step_), routed, 1, now_ns_ * 1e-3);
+    ASSERT_NE(plan, nullptr);
+    StartCopies();
+    Prefetch();
+    for (int32_t row = 0; row < std::ssize(plan->rows); ++row) {
+      const double begin_ns = now_ns_;
+      while (!control_.IsReady(row)) EndFirstCopy();
+      const bool is_late = control_.RowAt(row).state == RowState::kLoading;
+      control_.RecordStall(plan->layer, (now_ns_ - begin_ns) * 1e-3, is_late);
+      AdvanceTo(now_ns_ + kLayerNs / 2.0 / kTopK);
+      control_.Release(row);
+      StartCopies();
+    }
+    ++step_;
+  }
+
+  void Prefetch() {
+    const int32_t horizon = control_.BeginPrefetch(bandwidth_.bytes_per_second());
+    horizon_sum_ += horizon;
+    predictions_.clear();
+    predictor_.Predict(step_, horizon, predictions_);
+    std::vector<float> need(static_cast<size_t>(horizon * kExperts));
+    for (const Prediction& p : predictions_) {
+      need[static_cast<size_t>((p.distance - 1) * kExperts + p.expert)] = p.need;
+    }
+    control_.PrefetchPredicted(need);
+    StartCopies();
+  }
+
+  void StartCopies() {
+    while (const std::optional<Chunk> chunk = control_.NextChunk()) {
+      const double begin_ns = std::max(now_ns_, link_free_ns_);
+      link_free_ns_ = begin_ns + static_cast<double>(link_.latency_ns) +
+                      static_cast<double>(chunk->num_bytes) * 1e9 / link_.bytes_per_second;
+      copies_.push_back({*chunk, begin_ns, link_free_ns_});
+    }
+  }
+
+  void EndFirstCopy() {
+    const Copy copy = copies_.front();
+    copies_.pop_front();
+    now_ns_ = std::max(now_ns_, copy.end_ns);
+    bandwidth_.Record(copy.chunk.num_bytes, copy.begin_ns * 1e-3, copy.end_ns * 1e-3);
+    control_.FinishChunk(copy.chunk, std::nullopt);
+    StartCopies();
+  }
+
+  void AdvanceTo(double now_ns) {
+    while (!copies_.empty() && copies_.front().end_ns <= now_ns) EndFirstCopy();
+    now_ns_ = now_ns;
+  }
+
+  TraceView trace_;
+  LinkProfile link_;
+  RecordedPredictor predictor_;
+  CacheControl control_;
+  BandwidthEstimator bandwidth_;
+  std::deque<Copy> copies_;
+  std::vector<Prediction> predictions_;
+  double now_ns_ = 0.0;
+  double link_free_ns_ = 0.0;
+  int64_t step_ = 0;
+  int64_t horizon_sum_ = 0;
+};
+
+class SimulatedCacheTest : public testing::TestWithParam<std::pair<double, int32_t>> {};
+
+TEST_P(SimulatedCacheTest, TheCacheDecidesAsTheSimulator) {
+  const auto [experts_per_layer, horizon] = GetParam();
+  const TestTrace trace = Foreseen(SkewedTrace(kTokens, kLayers, kTopK, kExperts, 3));
+  const double bytes_per_second = experts_per_layer * kExpertBytes / (kLayerNs * 1e-9);
+  const SimulatorConfig config{.num_slots = kLayers * kExperts / 2,
+                               .expert_bytes = kExpertBytes,
+                               .predictor = PredictorKind::kRecorded,
+                               .horizon = horizon,
+                               .link = {bytes_per_second, 1000},
+                               .chunk_bytes = kChunkBytes,
+                               .layer_time_ns = kLayerNs};
+  const SimulationResult simulated = Simulator(trace.view(), config).RunAll();
+  VirtualCache cache(trace.view(), config);
+  cache.Run();
+  const double simulated_us = static_cast<double>(simulated.stall_ns) * 1e-3;
+  EXPECT_NEAR(cache.stall_us(), simulated_us, 0.02 * simulated_us);
+  const double simulated_horizon = static_cast<double>(simulated.horizon_sum) / (kTokens * kLayers);
+  EXPECT_NEAR(cache.mean_horizon(), simulated_horizon, 0.02 * simulated_horizon);
+  const auto simulated_hits = static_cast<double>(simulated.prefetch_hits);
+  EXPECT_NEAR(static_cast<double>(cache.prefetched().hits), simulated_hits,
+              0.02 * simulated_hits + 5.0);
+}
+
+constexpr int32_t kAuto = SimulatorConfig::kAutoHorizon;
+INSTANTIATE_TEST_SUITE_P(Links, SimulatedCacheTest,
+                         testing::Values(std::pair(0.25, kAuto), std::pair(0.5, kAuto),
+                                         std::pair(1.0, kAuto), std::pair(4.0, kAuto),
+                                         std::pair(0.05, kAuto), std::pair(1.0, 1),
+                                         std::pair(1.0, 3)));
+
+}  // namespace
+}  // namespace expertflow

@@ -29,6 +29,14 @@ class NeedPredictor(Protocol):
     `ExpertPredictor` is one.
     """
 
+    def begin_layer(self, layer: int, hidden_states: Tensor) -> None:
+        """Take note that `foresee` will be called with the same arguments.
+
+        Between the two the host waits for the ids of the layer's experts: the time for a GPU to
+        compute the answer in.
+        """
+        ...
+
     def foresee(self, layer: int, hidden_states: Tensor, max_distance: int) -> NDArray[np.float32]:
         """Return [at most max_distance, experts], row d - 1 for the layer d after `layer`.
 
@@ -167,6 +175,12 @@ def _gpt_oss_gate(gate_up: Tensor) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
+def begin_foreseeing(predictor: Predictor | None, layer: int, hidden_states: Tensor) -> None:
+    """Call before `compute_experts` of the layer whose `on_planned` is `prefetch_foreseen`."""
+    if predictor is not None and not callable(predictor):
+        predictor.begin_layer(layer, hidden_states)
+
+
 def prefetch_foreseen(
     predictor: Predictor | None, cache: ExpertCache, layer: int, hidden_states: Tensor
 ) -> None:
@@ -280,6 +294,7 @@ class StreamedExperts(nn.Module):
         """[T, H], [T, K], [T, K] -> [T, H], with the experts of the cache."""
         assert self.cache is not None
         cache = self.cache
+        begin_foreseeing(self.predictor, self.layer_index, hidden_states)
         return compute_experts(
             cache,
             self.layer_index,

@@ -147,11 +147,11 @@ def load_opened_model(
     """
     on_cuda = device.type == "cuda"
     size = size_cache(model.sizes, expert_cache, pool, policy, cache_scope, on_cuda=on_cuda)
-    in_ram = _with_predictor(size, model.config) if prefetch else size
-    check_cache_fits(in_ram, available_memory(ram_limit), pool_is_fixed=False)
+    with_predictor = _with_predictor(size, model.config) if prefetch else size
+    check_cache_fits(with_predictor, available_memory(ram_limit), pool_is_fixed=False)
     if on_cuda:
         torch.cuda.empty_cache()
-        check_cuda_cache_fits(size, torch.cuda.mem_get_info(device)[0], device)
+        check_cuda_cache_fits(with_predictor, torch.cuda.mem_get_info(device)[0], device)
 
     streamed, loading_info = _load_without_experts(model, progress)
     streamed.to(device)
@@ -199,7 +199,7 @@ def _check_prefetch(prefetch: str | int) -> None:
 
 
 def _with_predictor(size: CacheSize, config: Any) -> CacheSize:
-    """Count a predictor, which is in RAM on every device, among the rest of the model."""
+    """Count a predictor, which is in RAM and on a GPU, among the rest of the model."""
     model, text = size.model, config.get_text_config()
     num_bytes = predictor_bytes(
         model.num_layers, model.num_experts, text.hidden_size, MAX_DISTANCE, text.vocab_size

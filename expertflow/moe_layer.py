@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .cache import ExpertCache, ExpertWeights
-from .experts import Predictor, compute_experts, prefetch_foreseen
+from .experts import Predictor, begin_foreseeing, compute_experts, prefetch_foreseen
 
 
 class MoELayer(nn.Module):
@@ -83,6 +83,7 @@ class MoELayer(nn.Module):
         """[..., hidden] -> [..., hidden], unless routes are biased the same bits with any cache."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, expert_ids = self.route(tokens)
+        begin_foreseeing(self.predictor, self.layer, tokens)
         output = compute_experts(
             self.cache,
             self.layer,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import _core
+from .device_predictor import DevicePredictor
 from .errors import CheckpointError
 from .routers import Routers, find_routers
 
@@ -68,6 +69,11 @@ class ExpertPredictor:
         self._router_norms = np.linalg.norm(routers.weights, axis=-1)  # tells models apart
         self.max_distance = max_distance
         self.num_token_buckets = num_token_buckets
+        # On a GPU a pass of one sequence is seen by its last row: a prompt needs no foresight.
+        self._on_device: DevicePredictor | None = None
+        self._is_on_device = False  # the pass, and with it what was learned last
+        self._is_refused = False  # by the device: the host does it all
+        self._begun_layer: int | None = None
         self._token_ids: Tensor | None = None
         self._shape = (1, 1)  # of the pass: sequences, rows of each
         self._rows_kept = 1  # of each sequence
@@ -106,30 +112,44 @@ class ExpertPredictor:
             [distances, experts], row d - 1 for the layer d after this one: of at most
             `max_distance` layers, its own maximum, and those that are left.
         """
-        num_rows = hidden_states.shape[0]
-        if layer <= self._last_layer or num_rows != self._shape[0] * self._shape[1]:
-            self._begin_pass(num_rows)
-        self._last_layer = layer
-        states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
-        self._core.observe(layer, states.float().cpu().numpy())
-        self._core.predict(layer)  # also for no distance: it learns from what it foresaw
+        if self._begun_layer != layer:
+            self.begin_layer(layer, hidden_states)
+        self._begun_layer = None
+        if not self._is_on_device:
+            states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
+            self._core.observe(layer, states.float().cpu().numpy())
+            self._core.predict(layer)  # also for no distance: it learns from what it foresaw
         needs = np.empty((min(max_distance, self.num_distances), self.num_experts), np.float32)
         for row, need in enumerate(needs):
             need[:] = self.need(row + 1)
         return needs
 
+    def begin_layer(self, layer: int, hidden_states: Tensor) -> None:
+        """Have a GPU start on what `foresee` of this layer is about to tell.
+
+        Called before the host waits for the layer's expert ids, so that it need not wait for the
+        needs as well. A host that foresees itself computes only when it is asked.
+        """
+        num_rows = hidden_states.shape[0]
+        if layer <= self._last_layer or num_rows != self._shape[0] * self._shape[1]:
+            self._begin_pass(hidden_states)
+        self._last_layer = self._begun_layer = layer
+        if self._is_on_device:
+            assert self._on_device is not None
+            self._on_device.observe(layer, hidden_states[-1])
+
     def learn(self, layer: int) -> None:
         """Learn from how `layer`, which was given to `foresee` last, routes."""
-        self._core.learn(layer)
+        self._active.learn(layer)
 
     @property
     def num_distances(self) -> int:
         """How many layers ahead the last `foresee` could have told."""
-        return self._core.num_distances
+        return self._active.num_distances
 
     def need(self, distance: int) -> NDArray[np.float32]:
         """[experts]: the probability that the layer so far ahead needs each of them."""
-        return self._core.need(distance)
+        return self._active.need(distance)
 
     def replay(
         self, hidden: NDArray[Any], token_ids: NDArray[Any], num_ranked: int
@@ -145,7 +165,7 @@ class ExpertPredictor:
             ids and needs, [tokens, layers, max_distance, num_ranked]: entry [t, l, d - 1] was
             foreseen at layer l for layer l + d, the most needed first; 0 where there is none.
         """
-        self._last_layer = self.num_layers
+        self._move_to_host()
         return self._core.replay(
             np.asarray(hidden, np.float32), np.asarray(token_ids, np.int64), num_ranked
         )
@@ -154,6 +174,7 @@ class ExpertPredictor:
         """Save what was learned as a safetensors file."""
         from safetensors.numpy import save_file
 
+        self._move_to_host()
         path = Path(path)
         part = path.with_name(path.name + ".part")
         try:
@@ -181,6 +202,7 @@ class ExpertPredictor:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a saved predictor: {error}") from error
         self._check(path, metadata, arrays)
+        self._move_to_host()
         for name, array in self._core.state.items():
             array[...] = arrays[name]
 
@@ -227,12 +249,49 @@ class ExpertPredictor:
         if not np.allclose(arrays["router_norms"], self._router_norms, rtol=0.02):
             raise ValueError(f"{path} was learned on another model: its routers differ")
 
-    def _begin_pass(self, num_rows: int) -> None:
+    @property
+    def _active(self) -> _core.Predictor | DevicePredictor:
+        if not self._is_on_device:
+            return self._core
+        assert self._on_device is not None
+        return self._on_device
+
+    def _find_device(self, hidden_states: Tensor) -> DevicePredictor | None:
+        """The predictor on a GPU that computes `hidden_states`, made when it is first needed."""
+        if not hidden_states.is_cuda or self._is_refused:
+            return None
+        if self._on_device is None:
+            self._on_device = DevicePredictor.if_possible(self._core, hidden_states.device)
+            self._is_refused = self._on_device is None
+            self._is_on_device = not self._is_refused
+        if self._on_device is None or self._on_device.device != hidden_states.device:
+            return None
+        return self._on_device
+
+    def _move_to_host(self) -> None:
+        """Copy what was learned on the device back; the next layer begins a new pass."""
+        self._last_layer = self.num_layers
+        if self._is_on_device and self._on_device is not None:
+            self._on_device.copy_to(self._core)
+        self._is_on_device = False
+
+    def _begin_pass(self, hidden_states: Tensor) -> None:
+        num_rows = hidden_states.shape[0]
         token_ids, self._token_ids = self._token_ids, None
-        if token_ids is not None and (
-            token_ids.dim() != 2 or token_ids.numel() != num_rows or bool((token_ids < 0).any())
-        ):
-            token_ids = None  # not of this pass, or not all of them tokens
+        if token_ids is not None and (token_ids.dim() != 2 or token_ids.numel() != num_rows):
+            token_ids = None  # not of this pass
+        is_batch = token_ids is not None and token_ids.shape[0] > 1
+        device = None if is_batch else self._find_device(hidden_states)
+        if device is not None:
+            if not self._is_on_device:
+                device.copy_from(self._core)
+                self._is_on_device = True
+            self._shape = (1, num_rows)
+            device.begin_pass(None if token_ids is None else token_ids[0, -1])
+            return
+        self._move_to_host()
+        if token_ids is not None and bool((token_ids < 0).any()):
+            token_ids = None  # not all of them tokens
         self._shape = (1, num_rows)
         if token_ids is not None:
             self._shape = (token_ids.shape[0], token_ids.shape[1])

@@ -174,6 +174,9 @@ class Foresight:
     def __init__(self, cache, layers):
         self.cache, self.layers, self.events = cache, layers, []
 
+    def begin_layer(self, layer, hidden):
+        self.events.append(("begin", layer, None))
+
     def foresee(self, layer, hidden, max_distance):
         self.events.append(("foresee", layer, max_distance))
         assert self.cache.statistics()["misses"] > 0, "the layer was planned before"
@@ -195,7 +198,8 @@ def test_predictor_of_needs_is_asked_as_far_as_the_horizon(experts):
         layer.predictor = foresight
         layer(TOKENS[:1])
     events = [(name, layer) for name, layer, _ in foresight.events]
-    assert events == [(name, layer) for layer in range(NUM_LAYERS) for name in ("foresee", "learn")]
+    calls = ("begin", "foresee", "learn")
+    assert events == [(name, layer) for layer in range(NUM_LAYERS) for name in calls]
     assert {asked for name, _, asked in foresight.events if name == "foresee"} == {1}
     total = cache.statistics()
     assert total["misses"] == TOP_K  # of the first layer

@@ -24,7 +24,7 @@ compile() {
 
 cpp_tests() { ctest --test-dir $build -j 4 --output-on-failure --no-tests=error -E Benchmark 2>&1 | grep -vE 'Passed|Start '; }
 
-python_tests() { PYTHONPATH=. python3 -m pytest -q --maxfail=8 tests/test_cuda.py; }
+python_tests() { PYTHONPATH=. python3 -m pytest -q --maxfail=8 tests/test_cuda.py tests/test_cuda_predictor.py; }
 
 sanitize() {
   for tool in memcheck racecheck synccheck; do

@@ -23,6 +23,7 @@
 #include "python/biased_router_binding.h"
 #include "python/build_info.h"
 #include "python/cuda_module.h"
+#include "python/cuda_predictor_binding.h"
 #include "python/predictor_binding.h"
 #include "python/registered_cache.h"
 #include "python/simulator_module.h"
@@ -178,6 +179,7 @@ PYBIND11_MODULE(_core, m) {
   DefineCuda(m);
   DefinePredictor(m);
   DefineBiasedRouter(m);
+  DefineCudaPredictor(m);
   DefineSimulator(m);
 }
 

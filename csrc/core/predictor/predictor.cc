@@ -7,19 +7,11 @@
 #include <string>
 #include <utility>
 
+#include "core/predictor/feature_scales.h"
 #include "core/predictor/vector_math.h"
 
 namespace expertflow {
 namespace {
-
-// How much the features count beside h: measured, docs/prediction.md.
-constexpr float kPreviousScale = 0.5f;
-constexpr float kTokenScale = 0.375f;
-constexpr float kBiasFeature = 0.1f;
-constexpr float kMinTokenRate = 0.05f;  // a token's mean follows its last 20 or so occurrences
-constexpr float kMinDeviationRate = 0.01f;
-
-float Sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 void CheckSize(size_t found, size_t expected, bool may_be_empty, const char* name) {
   if (found == expected || (may_be_empty && found == 0)) return;
@@ -175,9 +167,9 @@ void Predictor::SetTargets(size_t layer, size_t row) {
   float& deviation = state_.deviations[layer];
   float& num_tokens = state_.num_tokens[layer];
   num_tokens += 1.0f;
-  deviation += std::max(kMinDeviationRate, 1.0f / num_tokens) * (own_deviation - deviation);
+  deviation += DeviationRate(num_tokens) * (own_deviation - deviation);
   const float sharpness = deviation > 0.0f ? ScoreModel::kFirstGain / deviation : 0.0f;
-  for (size_t e = 0; e < num_experts_; ++e) targets_[e] = Sigmoid(sharpness * margins_[e]);
+  for (size_t e = 0; e < num_experts_; ++e) targets_[e] = Logistic(sharpness * margins_[e]);
 }
 
 float Predictor::Margins(size_t layer, const Layer& from, size_t row, std::span<float> margins) {
@@ -215,8 +207,7 @@ void Predictor::RememberToken(size_t layer, size_t row) {
   const auto bucket = static_cast<size_t>(buckets_[row]);
   float& count = state_.token_counts[layer * state_.num_buckets + bucket];
   count += 1.0f;
-  // From a mean of 0, this rate gives sum / (count + 1): few occurrences count for little.
-  const float rate = std::max(kMinTokenRate, 1.0f / (count + 1.0f));
+  const float rate = TokenRate(count);
   const float usual =
       static_cast<float>(config_.rule.top_k) / static_cast<float>(config_.rule.num_experts);
   const std::span<float> mean = state_.TokenMean(layer, bucket);

@@ -63,7 +63,9 @@ class Predictor {
   void Rank(int32_t distance, std::span<int32_t> experts) const;
 
   const PredictorConfig& config() const { return config_; }
+  const RouterWeights& routers() const { return routers_; }
   LearnedState& state() { return state_; }
+  const LearnedState& state() const { return state_; }
 
  private:
   // What a layer showed in the pass `pass`.

@@ -10,9 +10,6 @@
 namespace expertflow {
 namespace {
 
-// Of experts outside the token's groups, in standard deviations: two widths of the soft border.
-constexpr float kOutsideGroups = 0.7f;
-
 struct Spread {
   float mean, deviation;
 };

@@ -6,6 +6,10 @@
 
 namespace expertflow {
 
+// How far below the border experts outside the token's groups are at least, in standard deviations:
+// two widths of the soft border.
+inline constexpr float kOutsideGroups = 0.7f;
+
 // How a model family picks the experts of a token from its router's logits.
 //
 //   softmax (Mixtral, Qwen, OLMoE, gpt-oss, DeepSeek-V2): the k largest logits, since softmax keeps

@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/ids.h"
+#include "core/predictor/learned_state.h"
+
+// What the predictor's kernels work on. L layers, E experts, H hidden size, N features; docs and
+// sources of the arithmetic are in core/predictor/predictor.h.
+
+namespace expertflow::predictor {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+// Loads of 16 bytes that a thread has under way at once: with kBlocksPerMultiprocessor blocks they
+// hold all that a launch of 16 MB reads, so it costs one latency of HBM.
+constexpr int kMaxLoads = 8;
+constexpr int kBlocksPerMultiprocessor = 4;
+
+constexpr int kMaxDistance = 8;
+constexpr int kMaxExperts = kThreads;  // the threads of a block take an expert each
+
+// What a layer showed of the token of a pass.
+struct LayerFacts {
+  float length;      // of its router input; 0: not finite, or 0
+  float rest_power;  // squared length of `rest`
+  int32_t bucket;    // of the token id; -1: not known
+};
+
+// Arrays in device memory, one row (token) a pass.
+struct View {
+  RoutingRule rule;
+  int32_t num_layers;
+  int32_t hidden;
+  int32_t max_distance;
+  int32_t num_features;
+  int32_t num_buckets;
+
+  const void* routers;       // [L, E, H]
+  const float* biases;       // [L, E] or nullptr
+  const float* corrections;  // [L, E] or nullptr
+
+  // As in LearnedState.
+  float* weights;
+  ScoreScalars* scalars;
+  NeedCalibration* calibrations;
+  float* token_means;
+  float* token_counts;
+  float* deviations;
+  float* num_tokens;
+
+  // For the update, from the prediction of the same pass. `rest` is what follows h/|h| in the
+  // features of a pair whose target the layer is: it changes while others still read it.
+  LayerFacts* facts;  // [L]
+  float* directions;  // [L, H]
+  float* rest;        // [L, N - H]
+  float* margins;     // [L, E]
+  float* targets;     // [L, E]
+  float* base;        // [L, max_distance, E]
+  float* scores;      // [L, max_distance, E]
+  float* schedules;   // [L, max_distance]
+
+  float* previous;  // [L, H] directions of the pass before
+
+  // Of one launch: sums over parts of rows, and how many blocks are done with a distance.
+  float* partial;     // [max_distance + 1, max_parts, E]
+  uint32_t* tickets;  // [max_distance + 1]
+  int32_t max_parts;
+
+  float* need;               // [max_distance, E]
+  int32_t* prefetch_ids;     // [max_distance, list_size]
+  int32_t* prefetch_counts;  // [max_distance]
+};
+
+// How rows are cut into parts of at most 32 * kMaxLoads chunks of 16 bytes; one warp takes one.
+struct Split {
+  int32_t weight_parts, weight_part_chunks;
+  int32_t router_parts, router_part_chunks;
+};
+
+struct PredictParams {
+  View view;
+  Split split;
+  int32_t layer;
+  int32_t num_distances;
+  int32_t first_pair;
+  const void* hidden;  // [H], of `hidden_dtype`
+  DType hidden_dtype;
+  const int64_t* token;       // or nullptr
+  const SlotId* expert_slot;  // [L * E] or nullptr
+  float min_need;
+  int32_t list_size;
+  float* host_need;               // [max_distance, E] mapped, or nullptr
+  volatile uint64_t* host_words;  // [max_distance]
+  uint64_t sequence;
+};
+
+struct LearnParams {
+  View view;
+  Split split;
+  int32_t layer;
+  int32_t num_pairs;
+  int32_t distances[kMaxDistance];
+  int32_t pairs[kMaxDistance];
+};
+
+}  // namespace expertflow::predictor

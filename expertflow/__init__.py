@@ -1,5 +1,6 @@
 """ExpertFlow: mixture-of-experts models whose experts do not fit into memory."""
 
+from .biased_routing import BiasedRouter, BiasedRouting
 from .build_info import build_info
 from .cache import ExpertCache, hit_rate
 from .errors import CheckpointError, CudaError, TransferError, UnsupportedModelError
@@ -10,6 +11,8 @@ from .predictor import ExpertPredictor
 from .routers import Routers
 
 __all__ = [
+    "BiasedRouter",
+    "BiasedRouting",
     "CheckpointError",
     "CudaError",
     "ExpertCache",

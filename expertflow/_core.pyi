@@ -48,6 +48,7 @@ class _AnyExpertCache:
     def num_slots(self) -> int: ...
     @property
     def bandwidth_bytes_per_second(self) -> float: ...
+    def residents(self, layer: int) -> NDArray[np.uint8]: ...
     @property
     def horizon(self) -> int: ...
     def set_horizon(self, horizon: int) -> None: ...
@@ -129,6 +130,31 @@ class Predictor:
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
     @property
     def state(self) -> dict[str, NDArray[np.float32]]: ...
+
+class BiasedRouter:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        is_sigmoid: bool,
+        num_groups: int,
+        top_groups: int,
+        corrections: NDArray[np.float32],
+        strength: float,
+        keep_top: int,
+        budget: float,
+    ) -> None: ...
+    def reroute(
+        self,
+        layer: int,
+        logits: NDArray[np.float32],
+        is_resident: NDArray[np.uint8],
+        expert_ids: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], int]: ...
+    def counts(self) -> list[tuple[int, int]]: ...
+    def reset_counts(self) -> None: ...
 
 # There if the CUDA backend was built. Pointers and streams are addresses.
 class CudaPredictor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _core, ops
 
 if TYPE_CHECKING:
+    from .biased_routing import BiasedRouter
     from .experts import StreamedExperts
 
 # The tensors of one expert by role, e.g. {"gate_up_proj": [2I, H], "down_proj": [H, I]}.
@@ -125,6 +126,8 @@ class ExpertCache:
         # Held while a layer is computed: its slots must not change hands.
         self.lock = threading.RLock()
         self._is_forked = False
+        # Changes routes in favour of what this cache holds; None: routing is exact.
+        self.biased_router: BiasedRouter | None = None
         _open_caches[self._core.handle] = self
 
     @classmethod
@@ -184,6 +187,7 @@ class ExpertCache:
             mlp_hidden=self.mlp_hidden,
         )
         cache.set_horizon(self._chosen_horizon)
+        cache.biased_router = self.biased_router
         return cache
 
     def close(self) -> None:
@@ -300,6 +304,10 @@ class ExpertCache:
         with self.lock:
             return self._core.prefetch_predicted(need)
 
+    def residents(self, layer: int) -> NDArray[np.uint8]:
+        """[experts]: 1 if the expert of `layer` is in a slot, or on its way to one."""
+        return self._core.residents(layer)
+
     def statistics(self) -> dict[str, Any]:
         """Return counts since the last reset: totals, and under "layers" those of each MoE layer.
 
@@ -307,13 +315,23 @@ class ExpertCache:
         forward pass of its layer; demand_bytes, prefetch_bytes, wasted_prefetch_bytes; evictions;
         stall_us, the time that computation waited for experts. In total only: prefetches_used, and
         of these prefetch_hits, which were there in time; prefetches_wasted, evicted without a use;
-        horizon, how many layers ahead is prefetched now.
+        horizon, how many layers ahead is prefetched now. routes that biased routing could have
+        changed, and changed_routes, are 0 if routing is exact.
         """
-        return self._core.statistics()
+        statistics = self._core.statistics()
+        counts = [(0, 0)] * self.num_layers
+        if self.biased_router is not None:
+            counts = self.biased_router.counts()
+        for layer, (routes, changed) in zip(statistics["layers"], counts, strict=True):
+            layer |= {"routes": routes, "changed_routes": changed}
+        totals = zip(("routes", "changed_routes"), map(sum, zip(*counts, strict=True)), strict=True)
+        return statistics | dict(totals)
 
     def reset_statistics(self) -> None:
         """Start counting anew."""
         self._core.reset_statistics()
+        if self.biased_router is not None:
+            self.biased_router.reset_counts()
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -54,6 +54,8 @@ class Generation:
             "wasted_prefetch_bytes": self.statistics["wasted_prefetch_bytes"],
             "prefetch_hits": self.statistics["prefetch_hits"],
             "horizon": self.statistics["horizon"],
+            "routes": self.statistics["routes"],
+            "changed_routes": self.statistics["changed_routes"],
             "expert_cache_bytes": self.expert_cache_bytes,
             "expert_pool_bytes": self.expert_pool_bytes,
             "policy": self.policy,

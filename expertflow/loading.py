@@ -19,6 +19,7 @@ import torch
 
 from . import _core
 from ._core import CheckpointSource, ExpertSource, RamPool
+from .biased_routing import BiasedRouting, check_routing
 from .build_info import build_info
 from .cache import NUM_FILE_READERS, ExpertCache
 from .cache_size import CacheSize, check_cache_fits, check_cuda_cache_fits, size_cache
@@ -50,6 +51,7 @@ def from_pretrained(
     ram_limit: str | float | int | None = None,
     num_threads: int | None = None,
     prefetch: str | int = False,
+    routing: str | BiasedRouting = "exact",
     progress: bool = True,
     **transformers_kwargs: Any,
 ) -> Any:
@@ -79,6 +81,8 @@ def from_pretrained(
             model runs, and to fetch those early that are worth it, as far ahead as measured times
             and bandwidth call for; 1 to 8 for so many layers ahead, the top-k experts of each;
             False to fetch only what is needed.
+        routing: "exact", or a `BiasedRouting` to change a part of the routes in favour of experts
+            in the cache. That changes what the model says: see docs/cache-aware-routing.md.
         progress: show progress bars.
         **transformers_kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
@@ -104,6 +108,7 @@ def from_pretrained(
     if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
         raise ValueError(f"num_threads={num_threads!r} is not a positive number.")
     _check_prefetch(prefetch)
+    check_routing(routing)
     streamed, loading_info = load_opened_model(
         open_model(path, dtype, arguments),
         expert_cache=expert_cache,
@@ -115,6 +120,7 @@ def from_pretrained(
         ram_limit=ram_limit,
         num_threads=num_threads,
         prefetch=prefetch,
+        routing=routing,
         progress=progress,
     )
     return (streamed, loading_info) if arguments.get("output_loading_info") else streamed
@@ -133,6 +139,7 @@ def load_opened_model(
     pin_memory: bool | None = None,
     num_threads: int | None = None,
     prefetch: str | int = False,
+    routing: str | BiasedRouting = "exact",
 ) -> tuple[Any, dict[str, Any]]:
     """The second half of `from_pretrained`: check sizes, then read.
 
@@ -176,6 +183,7 @@ def load_opened_model(
     if prefetch:
         streamed.expert_cache.set_horizon(prefetch)
         streamed.set_predictor(ExpertPredictor.for_model(streamed))
+    streamed.set_routing(routing)
     return streamed, loading_info
 
 

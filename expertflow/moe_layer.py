@@ -21,7 +21,8 @@ class MoELayer(nn.Module):
 
     Args:
         router_weight: [experts, hidden].
-        cache: holds the experts of this layer and of the others of the model.
+        cache: holds the experts of this layer and of the others of the model. Set its
+            `biased_router` to have routes changed in favour of what it holds.
         layer: which of the cache's MoE layers this is.
         activation: of the gate; default SiLU.
         normalize: scale the weights of a token's experts to a sum of 1.
@@ -64,6 +65,10 @@ class MoELayer(nn.Module):
         logits = functional.linear(hidden_states.to(self.router.dtype), self.router)
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
         weights, expert_ids = probabilities.topk(self.cache.top_k, dim=-1)
+        if self.cache.biased_router is not None:
+            changed = self.cache.biased_router.reroute(self.cache, self.layer, logits, expert_ids)
+            if changed is not None:
+                expert_ids, weights = changed, probabilities.gather(-1, changed)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights, expert_ids
@@ -75,7 +80,7 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., hidden] -> [..., hidden], the same bits whatever the cache holds."""
+        """[..., hidden] -> [..., hidden], unless routes are biased the same bits with any cache."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, expert_ids = self.route(tokens)
         begin_foreseeing(self.predictor, self.layer, tokens)

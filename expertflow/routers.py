@@ -34,7 +34,7 @@ def find_routers(model: nn.Module) -> Routers:
     Raises UnsupportedModelError where the router beside the experts is not one that we know.
     """
     routers = [
-        _router_beside(model, name)
+        router_beside(model, name)
         for name, _ in model.named_modules()
         if name.endswith(".mlp.experts")
     ]
@@ -55,15 +55,16 @@ def find_routers(model: nn.Module) -> Routers:
     )
 
 
-def _router_beside(model: nn.Module, experts_name: str) -> Any:
+def router_beside(model: nn.Module, experts_name: str) -> Any:
+    """The router that decides about the experts module of that name."""
     block = model.get_submodule(experts_name.rpartition(".")[0])
     for name in ("gate", "router"):
         router = getattr(block, name, None)
         if isinstance(getattr(router, "weight", None), Tensor) and hasattr(router, "top_k"):
             return router
     raise UnsupportedModelError(
-        f"there is no router that ExpertFlow knows beside {experts_name}: cannot predict its "
-        "experts. Load the model with prefetch=False."
+        f"there is no router that ExpertFlow knows beside {experts_name}: cannot predict or "
+        'change its routes. Load the model with prefetch=False and routing="exact".'
     )
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .biased_hooks import bias_routers
+from .biased_routing import BiasedRouter, BiasedRouting, check_routing
 from .cache import ExpertCache
 from .cache_size import (
     CacheSize,
@@ -28,6 +30,7 @@ from .experts import StreamedExperts, streamed_class
 from .families import ModelSkeleton, transformers_lock
 from .memory import available_memory
 from .predictor import ExpertPredictor
+from .routers import find_routers
 from .unsupported import refuse_conversion
 
 
@@ -43,6 +46,7 @@ class StreamedModel:
     expert_checkpoint: str = ""  # where the experts are read from
     expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
     predictor: ExpertPredictor | None = None  # of what to prefetch
+    _routing_hooks: tuple[Any, ...] = ()  # of biased routing
     sizes: ModelSizes
     pool: str  # "ram" or "file"
     ram_limit: str | float | int | None = None  # as given to from_pretrained
@@ -98,6 +102,8 @@ class StreamedModel:
 
     def _bind(self, cache: ExpertCache) -> None:
         self.expert_cache = cache
+        if cache.biased_router is not None:
+            cache.biased_router.reset_counts()
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedExperts):
                 module.bind(cache, module.layer_index)
@@ -108,6 +114,21 @@ class StreamedModel:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedExperts):
                 module.predictor = predictor
+
+    def set_routing(self, routing: str | BiasedRouting) -> None:
+        """Route exactly with "exact", or in favour of the cache with a `BiasedRouting`.
+
+        Raises ValueError for another value, UnsupportedModelError where routers cannot be biased.
+        """
+        check_routing(routing)
+        hooks, biased = [], None
+        if isinstance(routing, BiasedRouting):
+            biased = BiasedRouter(find_routers(self), routing)  # type: ignore[arg-type]
+            hooks = bias_routers(self)
+        for hook in self._routing_hooks:
+            hook.remove()
+        self._routing_hooks = tuple(hooks)
+        self.expert_cache.biased_router = biased
 
     def save_predictor(self, path: str | os.PathLike[str]) -> None:
         """Save what the predictor has learned about the model, as a safetensors file."""

@@ -28,6 +28,8 @@ JSON_KEYS = {
     "wasted_prefetch_bytes",
     "prefetch_hits",
     "horizon",
+    "routes",
+    "changed_routes",
     "expert_cache_bytes",
     "expert_pool_bytes",
     "policy",
@@ -126,6 +128,7 @@ def test_prompt_is_read_from_stdin(
         ([*GENERATE, "--expert-cache", "1"], "smallest legal cache"),
         ([*GENERATE, "--device", "cuda:99"], "cuda:99"),
         ([*GENERATE, "--dtype", "float8"], "float8"),
+        ([*GENERATE, "--routing-budget", "0.1"], "--routing biased"),
         ([*GENERATE, "--ram-limit", "1MiB"], "available"),
         ([*GENERATE[:3], "", "--max-new-tokens", "3"], "prompt is empty"),
     ],
@@ -140,7 +143,22 @@ def test_errors_are_one_line_that_names_the_culprit(
     assert culprit in captured.err
 
 
-@pytest.mark.parametrize("option", [["--max-new-tokens", "0"], ["--policy", "best"]])
+def test_biased_routing_stays_within_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    exact = run_json(capsys)
+    assert (exact["routes"], exact["changed_routes"]) == (0, 0)
+    none = run_json(capsys, "--routing", "biased", "--routing-budget", "0")
+    assert none["text"] == exact["text"]
+    assert none["routes"] > none["changed_routes"] == 0
+    biased = run_json(capsys, "--routing", "biased", "--routing-budget", "0.2")
+    assert 0 < biased["changed_routes"] <= 0.2 * biased["routes"]
+    assert cli.main([*GENERATE, "--routing", "biased"]) == 0
+    assert "changed routes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--max-new-tokens", "0"], ["--policy", "best"], ["--routing-budget", "2"]],
+)
 def test_unknown_values_are_usage_errors(
     capsys: pytest.CaptureFixture[str], option: list[str]
 ) -> None:

@@ -90,6 +90,18 @@ int32_t CacheControl::Prefetch(int32_t layer, std::span<const int64_t> expert_id
   return num_posted;
 }
 
+std::vector<uint8_t> CacheControl::Residents(int32_t layer) const {
+  if (layer < 0 || layer >= table().num_layers) {
+    throw std::out_of_range("the model has no MoE layer " + std::to_string(layer));
+  }
+  std::vector<uint8_t> is_resident(static_cast<size_t>(table().num_experts));
+  for (int32_t e = 0; e < table().num_experts; ++e) {
+    const SlotId slot = table().expert_slot[Index(ToIndex(table(), {layer, e}))];
+    is_resident[static_cast<size_t>(e)] = slot != SlotId::kNone;
+  }
+  return is_resident;
+}
+
 void CacheControl::MakeAllResident() {
   for (int32_t s = 0; s < table().num_slots; ++s) {
     Assign(table(), SlotId{s}, ExpertIndex{s});

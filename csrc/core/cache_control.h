@@ -76,6 +76,10 @@ class CacheControl {
   // can be had. Returns how many were posted.
   int32_t Prefetch(int32_t layer, std::span<const int64_t> expert_ids, int32_t distance);
 
+  // [num_experts] 1: the expert of `layer` is in a slot or on its way to one. Throws
+  // std::out_of_range for a layer that the model does not have.
+  std::vector<uint8_t> Residents(int32_t layer) const;
+
   // Gives every expert the slot of its own number, without a transfer; or posts them all. The cache
   // must be empty and have a slot for every expert.
   void MakeAllResident();

@@ -210,6 +210,12 @@ void ExpertCache::CancelAll(Lock& lock) {
   }
 }
 
+std::vector<uint8_t> ExpertCache::Residents(int32_t layer) const {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = shared_.Acquire();
+  return shared_.control.Residents(layer);
+}
+
 std::vector<LayerStatistics> ExpertCache::statistics() {
   CheckSameProcess(fork_generation_);
   const DeviceGuard guard(device_number_);

@@ -85,7 +85,8 @@ class ExpertCache {
   int32_t num_experts() const { return shared_.control.table().num_experts; }  // of a layer
   int device() const { return device_number_; }
 
-  std::vector<LayerStatistics> statistics();  // [num_layers]
+  std::vector<uint8_t> Residents(int32_t layer) const;  // see CacheControl
+  std::vector<LayerStatistics> statistics();            // [num_layers]
   PrefetchStatistics prefetch_statistics() const;
   void ResetStatistics();
   double bandwidth_bytes_per_second() const;

@@ -180,6 +180,12 @@ void ExpertCache::CancelAll(Lock& lock) {
   crew_->chunk_finished.wait(lock, [this] { return control_.chunks_in_flight() == 0; });
 }
 
+std::vector<uint8_t> ExpertCache::Residents(int32_t layer) const {
+  CheckSameProcess(fork_generation_);
+  const Lock lock(mutex_);
+  return control_.Residents(layer);
+}
+
 std::vector<LayerStatistics> ExpertCache::statistics() const {
   CheckSameProcess(fork_generation_);
   const Lock lock(mutex_);

@@ -74,7 +74,8 @@ class ExpertCache {
   int32_t num_slots() const { return control_.table().num_slots; }
   int32_t num_experts() const { return control_.table().num_experts; }  // of a layer
 
-  std::vector<LayerStatistics> statistics() const;  // [num_layers]
+  std::vector<uint8_t> Residents(int32_t layer) const;  // see CacheControl
+  std::vector<LayerStatistics> statistics() const;      // [num_layers]
   PrefetchStatistics prefetch_statistics() const;
   void ResetStatistics();
   double bandwidth_bytes_per_second() const;

@@ -20,6 +20,7 @@
 #include "host/checkpoint_source.h"
 #include "host/expert_cache.h"
 #include "host/ram_pool.h"
+#include "python/biased_router_binding.h"
 #include "python/build_info.h"
 #include "python/cuda_module.h"
 #include "python/cuda_predictor_binding.h"
@@ -177,6 +178,7 @@ PYBIND11_MODULE(_core, m) {
   DefineCache(m);
   DefineCuda(m);
   DefinePredictor(m);
+  DefineBiasedRouter(m);
   DefineCudaPredictor(m);
   DefineSimulator(m);
 }

@@ -62,6 +62,12 @@ void DefineCacheProperties(Class& cache_class) {
       .def_property_readonly("num_slots", [](Registered& c) { return c.cache().num_slots(); })
       .def_property_readonly("bandwidth_bytes_per_second",
                              [](Registered& c) { return c.cache().bandwidth_bytes_per_second(); })
+      .def("residents",
+           [](Registered& c, int32_t layer) {
+             const std::vector<uint8_t> is_resident = c.cache().Residents(layer);
+             return pybind11::array_t<uint8_t>(static_cast<pybind11::ssize_t>(is_resident.size()),
+                                               is_resident.data());
+           })
       .def_property_readonly("horizon", [](Registered& c) { return c.cache().horizon(); })
       .def(
           "set_horizon", [](Registered& c, int32_t horizon) { c.cache().SetHorizon(horizon); },

@@ -5,12 +5,13 @@ import json
 import sys
 from typing import Any
 
+from ..biased_routing import BiasedRouting
 from ..generation import encode, generate
 from ..loading import load_opened_model
 from ..model_info import open_model
 from ..results_table import results_table
 from ..unsupported import chosen_device
-from .options import add_loading_options, add_model, not_negative, positive
+from .options import add_loading_options, add_model, not_negative, positive, share
 
 
 def add_parser(commands: Any) -> None:
@@ -24,6 +25,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--temperature", type=not_negative, default=0.0, help="default: greedy")
     parser.add_argument("--seed", type=int, default=0)
     add_loading_options(parser)
+    parser.add_argument(
+        "--routing",
+        choices=("exact", "biased"),
+        default="exact",
+        help="biased: prefer experts in the cache, which changes the text (default: exact)",
+    )
+    parser.add_argument(
+        "--routing-budget",
+        type=share,
+        metavar="SHARE",
+        help=f"of routes that biased routing may change (default {BiasedRouting().budget})",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--compare-on-demand",
@@ -36,6 +49,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     from transformers import AutoTokenizer, TextStreamer
 
+    routing = _routing(options)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     device = chosen_device(options.device, None)
     opened = open_model(options.model, options.dtype, {})
@@ -50,6 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         device=device,
         ram_limit=options.ram_limit,
         prefetch=options.prefetch,
+        routing=routing,
         progress=sys.stderr.isatty(),
     )
     sampling: dict[str, Any] = {
@@ -76,3 +91,12 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(f"\n{results_table(rows)}", file=sys.stderr, flush=True)
     return 0
+
+
+def _routing(options: argparse.Namespace) -> str | BiasedRouting:
+    budget: float | None = options.routing_budget
+    if options.routing == "biased":
+        return BiasedRouting() if budget is None else BiasedRouting(budget=budget)
+    if budget is not None:
+        raise ValueError("--routing-budget has a meaning with --routing biased only")
+    return "exact"

@@ -67,6 +67,23 @@ TEST_F(ExpertCacheTest, CountsWhatEveryLayerCost) {
   EXPECT_EQ(Total().misses + Total().demand_bytes, 0);
 }
 
+TEST_F(ExpertCacheTest, ResidentsAreInASlotOrOnTheirWay) {
+  std::latch go(1);
+  source_->set_hook([&](ExpertIndex, size_t) { go.wait(); });
+  MakeCache(Options(2));
+  Prefetch(1, {5});
+  EXPECT_EQ(cache_->Residents(1), std::vector<uint8_t>({0, 0, 0, 0, 0, 1, 0, 0}));
+  EXPECT_EQ(cache_->Residents(0), std::vector<uint8_t>(8, 0));
+  go.count_down();
+  Compute(Begin(1, {5, 1}));
+  EXPECT_EQ(cache_->Residents(1), std::vector<uint8_t>({0, 1, 0, 0, 0, 1, 0, 0}));
+  Compute(Begin(0, {2, 3}));
+  EXPECT_EQ(cache_->Residents(0), std::vector<uint8_t>({0, 0, 1, 1, 0, 0, 0, 0}));
+  EXPECT_EQ(cache_->Residents(1), std::vector<uint8_t>(8, 0)) << "evicted";
+  EXPECT_THROW(cache_->Residents(2), std::out_of_range);
+  EXPECT_THROW(cache_->Residents(-1), std::out_of_range);
+}
+
 TEST_F(ExpertCacheTest, APrefetchThatIsNeededMeanwhileIsALateHit) {
   std::latch needed(1);
   source_->set_hook([&](ExpertIndex, size_t) { needed.wait(); });

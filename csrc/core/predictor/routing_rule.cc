@@ -44,14 +44,18 @@ Router::Router(const RoutingRule& rule) : rule_(rule) {
   group_scores_.resize(static_cast<size_t>(rule.num_groups));
 }
 
-float Router::ToMargins(std::span<float> values, std::span<const float> correction) {
+void Router::ToScores(std::span<float> values, std::span<const float> correction) {
   if (rule_.is_sigmoid) {
     for (size_t e = 0; e < values.size(); ++e) {
       values[e] = 1.0f / (1.0f + std::exp(-values[e])) + (correction.empty() ? 0 : correction[e]);
     }
   }
-  const float deviation = SpreadOf(values).deviation;
   if (rule_.num_groups > 1) ChooseGroups(values);
+}
+
+float Router::ToMargins(std::span<float> values, std::span<const float> correction) {
+  ToScores(values, correction);
+  const float deviation = SpreadOf(values).deviation;
   sorted_.clear();
   for (size_t e = 0; e < values.size(); ++e) {
     if (is_eligible_[e]) sorted_.push_back(values[e]);

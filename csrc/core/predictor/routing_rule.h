@@ -27,15 +27,21 @@ struct RoutingRule {
   void Check() const;
 };
 
-// Turns logits into margins: how far each expert's selection score lies above (routed) or below the
-// border half way between the last expert that is routed and the first that is not.
+// Turns logits into what the rule selects by.
 class Router {
  public:
   explicit Router(const RoutingRule& rule);
 
-  // `values` [experts]: logits in, margins out. `correction` is empty, or [experts] for sigmoid
-  // rules. Returns the standard deviation of the selection scores over the experts. Experts outside
-  // the token's groups get a negative margin, whatever their score.
+  // `values` [experts]: logits in, selection scores out; the token's experts are the k best of
+  // those that are eligible. `correction` is empty, or [experts] for sigmoid rules.
+  void ToScores(std::span<float> values, std::span<const float> correction);
+  // Whether an expert is in one of the groups that the last token chose.
+  bool IsEligible(size_t expert) const { return is_eligible_[expert] != 0; }
+
+  // `values` [experts]: logits in, margins out: how far each expert's selection score lies above
+  // (routed) or below the border half way between the last expert that is routed and the first that
+  // is not. `correction` as above. Returns the standard deviation of the selection scores over the
+  // experts. Experts outside the token's groups get a negative margin, whatever their score.
   float ToMargins(std::span<float> values, std::span<const float> correction);
 
  private:

@@ -75,4 +75,9 @@ bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead)
   return hidden_us > 0.0 && need * hidden_us >= (1.0 - need) * price_ * transfer_us_;
 }
 
+bool PrefetchScheduler::HasTimeFor(double bytes_ahead, int32_t distance) const {
+  const double needed_us = (bytes_ahead / expert_bytes_ + 1.0) * transfer_us_;
+  return needed_us <= distance * horizon_.compute_us();
+}
+
 }  // namespace expertflow

@@ -81,8 +81,13 @@ class PrefetchScheduler {
   // `bytes_ahead`: queued prefetches that are needed no later than this one.
   bool Admits(const Prediction& prediction, double bytes_ahead) const;
 
+  // Whether one more transfer and those bytes before it fit into the compute time before the layer
+  // that is `distance` ahead.
+  bool HasTimeFor(double bytes_ahead, int32_t distance) const;
+
   int32_t horizon() const { return is_paused() ? 0 : horizon_.horizon(); }
   double price() const { return price_; }
+  double transfer_us() const { return transfer_us_; }  // of one expert; 0: not measured yet
 
  private:
   bool is_paused() const { return layers_paused_ > 0; }

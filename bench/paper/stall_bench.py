@@ -1,11 +1,12 @@
 """The paper's result, simulated: stall per token as a share of the on-demand baseline.
 
-    python bench/paper/stall_bench.py TRACE.npz [TRACE.npz ...] [--out DIR]
+    python bench/paper/stall_bench.py TRACE.npz [TRACE.npz ...] [--part second] [--out DIR]
 
 DeepSeek-V2-Lite's sizes, whatever the trace: experts of 17.3 MB, and of all experts the share that
 5 to 25 GB are of DeepSeek-V2-Lite's 28.8 GB. A trace that holds recorded predictions is run with
-them, another with the transition predictor, which sees ids only. Every cell of cache size, link and
-layer time is shown, also those that physics forbids:
+them, another with the transition predictor, which sees ids only. Constants are fitted on first
+halves, so results are those of second ones. The layer times are those of layer_times.json. Every
+cell of cache size, link and layer time is shown, also those that physics forbids:
 
 - bound: the perfect predictor's transfers, as a share of the compute time; "link" where they do not
   fit into it
@@ -22,9 +23,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from expertflow.link_profiles import LINK_PROFILES
 from expertflow.simulation import MAX_HORIZON, Machine, Simulation
-from expertflow.traces import load_trace
+from expertflow.traces import Trace, load_trace
 
 # DeepSeek-V2-Lite, bf16: hidden 2048, experts of 3 x 2048 x 1408, 26 layers of 64, top-6, 2 shared.
 EXPERT_BYTES = 3 * 2048 * 1408 * 2
@@ -34,8 +37,7 @@ ATTENTION_BYTES = 2 * 2048 * (16 * 192 + 512 + 64 + 16 * 128) + 2 * 512 * 16 * 2
 LAYER_BYTES = ROUTED_BYTES + 2 * EXPERT_BYTES + ATTENTION_BYTES + 2 * 2048 * 64
 CACHE_BYTES = (5e9, 10e9, 15e9, 20e9, 25e9)
 
-# The memory that a layer's weights come from, GB/s: data sheets, and for the H200 as measured.
-MEMORY_GBPS = {"a6000": 768, "a6000-paper": 768, "h200": 4300}
+LAYER_TIMES = Path(__file__).parent / "layer_times.json"
 FIXED_STEPS = (1, 2, 4, MAX_HORIZON)
 CLAIM, PERFECT = 1e-3, 5e-4
 
@@ -100,6 +102,20 @@ def run_cell(
         fixed_step=best,
         mean_horizon=rows["ours"]["mean_horizon"],
         link_busy=link_us / (layer_time[1] * trace.num_layers),
+    )
+
+
+def half(trace: Trace, part: str) -> Trace:
+    """Half of the tokens, as one sequence: the simulator knows no sequences."""
+    middle = trace.num_tokens // 2
+    tokens = slice(None, middle) if part == "first" else slice(middle, None)
+    ids, need = trace.predicted_ids, trace.predicted_need
+    return Trace(
+        expert_ids=trace.expert_ids[tokens],
+        num_experts=trace.num_experts,
+        sequence_offsets=np.array([0, len(trace.expert_ids[tokens])]),
+        predicted_ids=None if ids is None else ids[tokens],
+        predicted_need=None if need is None else need[tokens],
     )
 
 
@@ -171,20 +187,26 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=12000)
     parser.add_argument("--warmup-tokens", type=int, default=2000)
     parser.add_argument(
-        "--eager-layer-time-us",
-        type=float,
-        default=1000.0,
-        help="one layer of transformers' eager forward, measured; default: %(default)s, a guess",
+        "--part",
+        choices=("first", "second"),
+        default="second",
+        help="half of the trace: constants were fitted on first halves (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer-times",
+        type=Path,
+        default=LAYER_TIMES,
+        help="JSON: profiles, with roofline_us and eager_us of each (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help="directory for cells.json, table.md, stall.png")
     options = parser.parse_args()
 
+    profiles = json.loads(options.layer_times.read_text(encoding="utf-8"))["profiles"]
     cells = []
     for path in options.traces:
-        trace = load_trace(path).head(options.max_tokens)
-        for profile, memory_gbps in MEMORY_GBPS.items():
-            roofline = ("roofline", LAYER_BYTES / memory_gbps / 1e3)
-            for layer_time in (roofline, ("eager", options.eager_layer_time_us)):
+        trace = half(load_trace(path), options.part).head(options.max_tokens)
+        for profile, times in profiles.items():
+            for layer_time in ((name, times[f"{name}_us"]) for name in ("roofline", "eager")):
                 for cache_bytes in CACHE_BYTES:
                     cells.append(
                         run_cell(

@@ -41,13 +41,15 @@ void PrefetchScheduler::Record(const LayerObservation& layer) {
   add(balance_.gain, layer.num_prefetch_used - layer.late_stall_us / transfer_us_);
   add(balance_.wasted, layer.num_prefetch_wasted);
   add(balance_.regretted, layer.num_prefetch_regretted);
+  add(balance_.stall, layer.stall_us / transfer_us_);
   add(balance_.busy_us, layer.moved_bytes / expert_bytes_ * transfer_us_);
   add(balance_.elapsed_us, layer.compute_us + layer.stall_us);
 }
 
 void PrefetchScheduler::UpdatePrice() {
   const double rho = std::min(balance_.busy_us / std::max(balance_.elapsed_us, 1.0), 1.0);
-  const double cost = 2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted);
+  const double cost = 2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted) +
+                      kMargin * balance_.stall;
   const double allowed = kCostShare * std::max(balance_.gain, 0.0);
   const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);

@@ -5,17 +5,18 @@
 
 namespace expertflow {
 
-// What a missing expert costs, layer by layer, while prefetching hides a part of the transfers: from
-// nothing, where predictions come in time, to a whole transfer, where nothing foresees the layer,
-// as with the first ones of a token.
+// What a missing expert costs, layer by layer, while prefetching hides a part of the transfers:
+// from nothing, where predictions come in time, to a whole transfer, where nothing foresees the
+// layer, as with the first ones of a token.
 //
 // An expert that is not resident costs (chance that it is needed) * (stall per fetch of its layer).
 // Eviction by predicted need orders by the logarithm of the first factor, so the second is a bias:
 //
 //   bias = ln(stall / (fetches * transfer time) + what a hidden transfer costs)    in logits
 //
-// That is the principle of cost-aware caching (Young 1994; Cao and Irani 1997, GreedyDual-Size): keep
-// what is dear to bring back, and the slots of what a prefetch brings for nothing are for it. Pure.
+// That is the principle of cost-aware caching (Young 1994; Cao and Irani 1997, GreedyDual-Size):
+// keep what is dear to bring back, and the slots of what a prefetch brings for nothing are for it.
+// Pure.
 class MissCosts {
  public:
   explicit MissCosts(int32_t num_layers);

@@ -77,8 +77,8 @@ class Planner {
   // layer of the evicted expert); bytes and times by whoever moves the experts.
   LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
   std::vector<LayerStatistics>& statistics() { return statistics_; }
-  // From its next plan on, what PolicyKind::kPredictedNeed foresees for the experts of `layer` counts
-  // that much more, in the units of its scores: MissCosts says how much.
+  // From its next plan on, what PolicyKind::kPredictedNeed foresees for the experts of `layer`
+  // counts that much more, in the units of its scores: MissCosts says how much.
   void set_layer_bias(int32_t layer, int32_t bias) {
     layer_bias_[static_cast<size_t>(layer)] = bias;
   }

@@ -15,9 +15,9 @@ class PrefetchLedger {
  public:
   // Of prefetched experts, since the counts were taken last.
   struct Counts {
-    int32_t used = 0;       // needed by a plan for the first time
-    int32_t ready = 0;      // part of used: there in time
-    int32_t wasted = 0;     // evicted without a use
+    int32_t used = 0;    // needed by a plan for the first time
+    int32_t ready = 0;   // part of used: there in time
+    int32_t wasted = 0;  // evicted without a use
     // What they had evicted was missed before they were evicted themselves or, at the latest by the
     // same plan, used: a demand would have chosen its victim knowing what that plan needs.
     int32_t regretted = 0;

@@ -48,8 +48,8 @@ void PrefetchScheduler::Record(const LayerObservation& layer) {
 
 void PrefetchScheduler::UpdatePrice() {
   const double rho = std::min(balance_.busy_us / std::max(balance_.elapsed_us, 1.0), 1.0);
-  const double cost = 2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted) +
-                      kMargin * balance_.stall;
+  const double cost =
+      2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted) + kMargin * balance_.stall;
   const double allowed = kCostShare * std::max(balance_.gain, 0.0);
   const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);

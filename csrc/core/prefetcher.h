@@ -32,9 +32,9 @@ struct PrefetchStatistics {
 //   Prefetch(predictions, post)
 //
 // A prediction of distance d is about MoE layer (planned layer + d) modulo the number of layers:
-// past the last layer those of the next token follow. Eviction learns from what the scheduler measures
-// which layers' misses cost most (MissCosts). Allocates nothing after construction, but for
-// what `post` does. The caller serialises the calls.
+// past the last layer those of the next token follow. Eviction learns from what the scheduler
+// measures which layers' misses cost most (MissCosts). Allocates nothing after construction, but
+// for what `post` does. The caller serialises the calls.
 class Prefetcher {
  public:
   static constexpr int32_t kAutoHorizon = -1;

@@ -1,11 +1,12 @@
 """The paper's result, simulated: stall per token as a share of the on-demand baseline.
 
-    python bench/paper/stall_bench.py TRACE.npz [TRACE.npz ...] [--out DIR]
+    python bench/paper/stall_bench.py TRACE.npz [TRACE.npz ...] [--part second] [--out DIR]
 
 DeepSeek-V2-Lite's sizes, whatever the trace: experts of 17.3 MB, and of all experts the share that
 5 to 25 GB are of DeepSeek-V2-Lite's 28.8 GB. A trace that holds recorded predictions is run with
-them, another with the transition predictor, which sees ids only. Every cell of cache size, link and
-layer time is shown, also those that physics forbids:
+them, another with the transition predictor, which sees ids only. Constants are fitted on first
+halves, so results are those of second ones. The layer times are those of layer_times.json. Every
+cell of cache size, link and layer time is shown, also those that physics forbids:
 
 - bound: the perfect predictor's transfers, as a share of the compute time; "link" where they do not
   fit into it
@@ -22,11 +23,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from layer_times import load_layer_times
 
 from expertflow.link_profiles import LINK_PROFILES
 from expertflow.simulation import MAX_HORIZON, Machine, Simulation
-from expertflow.traces import load_trace
+from expertflow.traces import Trace, load_trace
 
 # DeepSeek-V2-Lite, bf16: hidden 2048, experts of 3 x 2048 x 1408, 26 layers of 64, top-6, 2 shared.
 EXPERT_BYTES = 3 * 2048 * 1408 * 2
@@ -105,6 +107,20 @@ def run_cell(
     )
 
 
+def half(trace: Trace, part: str) -> Trace:
+    """Half of the tokens, as one sequence: the simulator knows no sequences."""
+    middle = trace.num_tokens // 2
+    tokens = slice(None, middle) if part == "first" else slice(middle, None)
+    ids, need = trace.predicted_ids, trace.predicted_need
+    return Trace(
+        expert_ids=trace.expert_ids[tokens],
+        num_experts=trace.num_experts,
+        sequence_offsets=np.array([0, len(trace.expert_ids[tokens])]),
+        predicted_ids=None if ids is None else ids[tokens],
+        predicted_need=None if need is None else need[tokens],
+    )
+
+
 def table(cells: list[Cell]) -> str:
     methods = list(cells[0].stall)
     head = [
@@ -173,6 +189,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=12000)
     parser.add_argument("--warmup-tokens", type=int, default=2000)
     parser.add_argument(
+        "--part",
+        choices=("first", "second"),
+        default="second",
+        help="half of the trace: constants were fitted on first halves (default: %(default)s)",
+    )
+    parser.add_argument(
         "--eager-layer-time-us",
         type=float,
         default=load_layer_times()["h200"].eager_us,
@@ -183,7 +205,7 @@ def main() -> None:
 
     cells = []
     for path in options.traces:
-        trace = load_trace(path).head(options.max_tokens)
+        trace = half(load_trace(path), options.part).head(options.max_tokens)
         for profile, memory_gbps in MEMORY_GBPS.items():
             roofline = ("roofline", LAYER_BYTES / memory_gbps / 1e3)
             for layer_time in (roofline, ("eager", options.eager_layer_time_us)):

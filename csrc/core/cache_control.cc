@@ -8,7 +8,6 @@ namespace expertflow {
 
 CacheControl::CacheControl(const ExpertCacheOptions& options, int32_t max_chunks_in_flight)
     : expert_bytes_(options.planner.expert_bytes),
-      keeps_experts_(options.planner.policy != PolicyKind::kOnDemand),
       table_(options.num_layers, options.num_experts, options.num_slots),
       planner_(table_, options.planner),
       queue_(options.num_slots, AlignUp(options.chunk_bytes, kSlotAlignment), max_chunks_in_flight,
@@ -19,7 +18,6 @@ CacheControl::CacheControl(const ExpertCacheOptions& options, int32_t max_chunks
     throw std::invalid_argument("a cache of " + std::to_string(options.num_slots) +
                                 " experts is larger than the model");
   }
-  set_horizon(Prefetcher::kAutoHorizon);
 }
 
 const Plan* CacheControl::BeginLayer(int32_t layer, std::span<const int64_t> expert_ids,
@@ -56,11 +54,6 @@ int32_t CacheControl::Release(int32_t row_index) {
   const int32_t next = planner_.Advance(row_index);
   if (next != kNoRow) PostRow(RowAt(next));
   return next;
-}
-
-void CacheControl::set_horizon(int32_t horizon) {
-  prefetcher_.set_horizon(horizon);
-  if (!keeps_experts_) prefetcher_.set_horizon(0);
 }
 
 int32_t CacheControl::BeginPrefetch(double bytes_per_second) {

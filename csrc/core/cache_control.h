@@ -63,7 +63,7 @@ class CacheControl {
 
   // How far ahead to prefetch: Prefetcher::kAutoHorizon (so it is at first), or a fixed number of
   // layers. A cache that keeps nothing prefetches nothing. Throws std::invalid_argument.
-  void set_horizon(int32_t horizon);
+  void set_horizon(int32_t horizon) { prefetcher_.set_horizon(horizon); }
   // Takes in what was measured up to the last plan and returns how many layers ahead to predict
   // now; 0: none, as for a prompt. `bytes_per_second` of the link, 0 if not measured yet.
   int32_t BeginPrefetch(double bytes_per_second);
@@ -119,7 +119,6 @@ class CacheControl {
   }
 
   size_t expert_bytes_;
-  bool keeps_experts_;
   SlotTable table_;
   Planner planner_;
   TransferQueue queue_;

@@ -18,24 +18,33 @@ constexpr double kHysteresisLayers = 0.25;
 constexpr double kTooSlow = 1.6;
 constexpr double kFastEnough = 1.4;
 constexpr int32_t kLayersBetweenBoosts = 1024;
-constexpr double kLateThatRaises = 5e-4;  // of the compute time
+constexpr double kStallThatRaises = 5e-4;  // of the compute time
 constexpr double kLateThatLowers = 1e-4;
-constexpr double kStallThatKeeps = 0.9;      // of the stall before
-constexpr double kLateThatTriesAgain = 1.5;  // of the lateness when one more did not help
+constexpr double kStallThatTriesAgain = 1.5;  // of the stall when one more did not help
+// A duel ends when the mean of the pairs is that many standard errors from 0, or after kMaxPairs,
+// when it must be fewer of them above 0 to be won. What the other block has left in the cache and
+// on the link is gone after the first layers of a block.
+constexpr int32_t kBlockLayers = 128;
+constexpr int32_t kIgnoredLayers = 32;
+constexpr int32_t kMinPairs = 8;
+constexpr int32_t kMaxPairs = 64;
+constexpr double kErrorsThatEnd = 3.5;
+constexpr double kErrorsThatWin = 2.0;
 
 }  // namespace
 
-HorizonController::HorizonController(int32_t max_horizon, int32_t top_k, size_t expert_bytes)
+HorizonController::HorizonController(int32_t max_horizon, int32_t max_fetched, size_t expert_bytes)
     : max_horizon_(max_horizon), expert_bytes_(static_cast<double>(expert_bytes)) {
-  if (max_horizon < 0 || top_k <= 0 || expert_bytes == 0) {
+  if (max_horizon < 0 || max_fetched <= 0 || expert_bytes == 0) {
     throw std::invalid_argument("a horizon controller needs experts and no negative horizon");
   }
-  fetched_.assign(static_cast<size_t>(top_k) + 1, 0.0);
+  fetched_.assign(static_cast<size_t>(max_fetched) + 1, 0.0);
 }
 
 void HorizonController::RecordLayer(double compute_us, double stall_us, double late_stall_us,
                                     int32_t num_fetched) {
   compute_us_ += (compute_us - compute_us_) * (compute_us_ > 0.0 ? kFastRate : 1.0);
+  last_stall_us_ = stall_us;
   stall_us_ += (stall_us - stall_us_) * kSlowRate;
   late_stall_us_ += (late_stall_us - late_stall_us_) * kSlowRate;
   for (double& count : fetched_) count *= 1.0 - kSlowRate;
@@ -67,38 +76,49 @@ int32_t HorizonController::Update(double bytes_per_second, double queued_bytes) 
     lead_layers_ = static_cast<int32_t>(std::ceil(layers));
   }
   UpdateBoost();
-  return horizon_ = std::min(lead_layers_ + boost_, max_horizon_);
+  const int32_t tried = duel_.is_on && duel_.layers >= kBlockLayers ? 1 : 0;
+  return horizon_ = std::min(lead_layers_ + boost_ + tried, max_horizon_);
 }
 
 void HorizonController::UpdateBoost() {
+  if (duel_.is_on) return AdvanceDuel();
   if (++layers_since_boost_ < kLayersBetweenBoosts) return;
-  if (is_trial_) {
-    EndTrial();
-  } else if (late_stall_us_ > kLateThatRaises * compute_us_) {
-    TryOneMore();
-  } else if (late_stall_us_ < kLateThatLowers * compute_us_ && boost_ > 0) {
+  if (late_stall_us_ < kLateThatLowers * compute_us_ && boost_ > 0) {
     --boost_;
     layers_since_boost_ = 0;
+  } else if (horizon_ < max_horizon_ && stall_us_ > kStallThatRaises * compute_us_ &&
+             stall_us_ > kStallThatTriesAgain * stall_when_refused_us_) {
+    duel_ = {.is_on = true};
   }
 }
 
-void HorizonController::TryOneMore() {
-  if (horizon_ >= max_horizon_ || late_stall_us_ < kLateThatTriesAgain * late_when_refused_us_) {
-    return;
+// The stall was that of a layer of the block that was running.
+void HorizonController::AdvanceDuel() {
+  const bool is_with = duel_.layers >= kBlockLayers;
+  if (duel_.layers % kBlockLayers >= kIgnoredLayers) {
+    duel_.saved_us += is_with ? -last_stall_us_ : last_stall_us_;
   }
-  ++boost_;
-  is_trial_ = true;
-  stall_before_trial_us_ = stall_us_;
-  layers_since_boost_ = 0;
+  if (++duel_.layers < 2 * kBlockLayers) return;
+  duel_.layers = 0;
+  ++duel_.pairs;
+  duel_.sum_us += duel_.saved_us;
+  duel_.sum_squares += duel_.saved_us * duel_.saved_us;
+  duel_.saved_us = 0.0;
+  if (duel_.pairs < kMinPairs) return;
+  const double variance = duel_.sum_squares - duel_.sum_us * duel_.sum_us / duel_.pairs;
+  const double error_us = std::sqrt(std::max(variance, 0.0));  // of the sum
+  if (std::abs(duel_.sum_us) >= kErrorsThatEnd * error_us) {
+    EndDuel(duel_.sum_us > 0.0);
+  } else if (duel_.pairs == kMaxPairs) {
+    EndDuel(duel_.sum_us > kErrorsThatWin * error_us);
+  }
 }
 
-void HorizonController::EndTrial() {
-  is_trial_ = false;
+void HorizonController::EndDuel(bool is_won) {
+  duel_ = {};
   layers_since_boost_ = 0;
-  late_when_refused_us_ = 0.0;
-  if (stall_us_ <= kStallThatKeeps * stall_before_trial_us_) return;
-  --boost_;
-  late_when_refused_us_ = late_stall_us_;
+  if (is_won) ++boost_;
+  stall_when_refused_us_ = is_won ? 0.0 : stall_us_;
 }
 
 }  // namespace expertflow

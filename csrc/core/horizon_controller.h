@@ -16,16 +16,17 @@ namespace expertflow {
 // the horizon it works at. Looking no farther than the lead is worth more than it seems: a nearer
 // prediction is a better one, and what is prefetched early holds a slot for longer.
 //
-// The boost is feedback. While prefetches come late by more than a small part of the compute time,
-// one layer more is tried, and kept if the stall falls by a tenth; if not, not again before they
-// come later still. Where not even S_max layers hide most of a transfer, S is 0: there is next to
-// nothing to win, but a wrong prefetch costs as much as ever. S moves only when the lead is clearly
-// past where S stands. So constant input gives a constant S. Pure: times and measurements are
-// arguments.
+// The boost is feedback. While layers wait for more than a small part of the compute time, one
+// layer more is tried in a duel: blocks of layers run in turn with and without it, and it stays if
+// the stall falls by more than chance explains. If not, it is not tried again before the stall has
+// grown. The boost falls when nothing comes late any more. Where not even S_max layers hide most of
+// a transfer, S is 0: there is next to nothing to win, but a wrong prefetch costs as much as ever.
+// S moves only when the lead is clearly past where S stands. So constant input gives a constant S.
+// Pure: times and measurements are arguments.
 class HorizonController {
  public:
-  // `top_k`: how many experts a layer needs at most. Throws std::invalid_argument.
-  HorizonController(int32_t max_horizon, int32_t top_k, size_t expert_bytes);
+  // `max_fetched`: how many experts a layer needs at most. Throws std::invalid_argument.
+  HorizonController(int32_t max_horizon, int32_t max_fetched, size_t expert_bytes);
 
   // A layer has run: how long it computed, how long it waited for experts, part of that for
   // prefetches in flight, and how many of the experts that the next one needs had to be fetched.
@@ -40,9 +41,19 @@ class HorizonController {
   int32_t burst() const;
 
  private:
+  // Blocks of layers with and without one layer more, in turn.
+  struct Duel {
+    bool is_on = false;
+    int32_t layers = 0;  // of the pair of blocks that is running
+    int32_t pairs = 0;
+    double saved_us = 0.0;  // stall of the running pair: without minus with
+    double sum_us = 0.0;    // of saved_us over the pairs
+    double sum_squares = 0.0;
+  };
+
   void UpdateBoost();
-  void TryOneMore();
-  void EndTrial();
+  void AdvanceDuel();
+  void EndDuel(bool is_won);
 
   int32_t max_horizon_;
   double expert_bytes_;
@@ -51,14 +62,14 @@ class HorizonController {
   int32_t horizon_ = 0;
   int32_t layers_since_boost_ = 0;
   bool is_too_slow_ = false;  // the link
-  bool is_trial_ = false;     // of the last layer that was added to the boost
-  double stall_before_trial_us_ = 0.0;
-  double late_when_refused_us_ = 0.0;
+  Duel duel_;
+  double last_stall_us_ = 0.0;
+  double stall_when_refused_us_ = 0.0;
   double compute_us_ = 0.0;  // exponentially weighted, as the next three
   double stall_us_ = 0.0;
   double late_stall_us_ = 0.0;
   double queued_bytes_ = 0.0;
-  std::vector<double> fetched_;  // [top_k + 1] decayed count of layers that fetched so many
+  std::vector<double> fetched_;  // [max_fetched + 1] decayed count of layers that fetched so many
   double num_layers_ = 0.0;      // sum of fetched_
 };
 

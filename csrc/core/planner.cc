@@ -42,6 +42,7 @@ Planner::Planner(SlotTable& table, const PlannerConfig& config)
                                               table_.num_slots);
   }
   const auto num_experts = static_cast<size_t>(table_.num_experts);
+  layer_bias_.assign(static_cast<size_t>(table_.num_layers), 0);
   rows_.resize(num_experts);
   distinct_.reserve(num_experts);
   seen_by_.assign(num_experts, 0);
@@ -172,8 +173,9 @@ void Planner::ObserveNeeds(int32_t layer) {
   observed_layer_ = -1;
   if (!is_new) return;
   const int32_t* scores = need_model_->Observe(layer, distinct_);
+  const int32_t bias = layer_bias_[static_cast<size_t>(layer)];
   for (int32_t e = 0; e < table_.num_experts; ++e) {
-    PredictedNeed::RecordScore(table_, ToIndex(table_, {layer, e}), scores[e]);
+    PredictedNeed::RecordScore(table_, ToIndex(table_, {layer, e}), scores[e] + bias);
   }
 }
 

@@ -77,6 +77,12 @@ class Planner {
   // layer of the evicted expert); bytes and times by whoever moves the experts.
   LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
   std::vector<LayerStatistics>& statistics() { return statistics_; }
+  // From its next plan on, what PolicyKind::kPredictedNeed foresees for the experts of `layer`
+  // counts that much more, in the units of its scores: MissCosts says how much.
+  void set_layer_bias(int32_t layer, int32_t bias) {
+    layer_bias_[static_cast<size_t>(layer)] = bias;
+  }
+
   const std::vector<LayerStatistics>& statistics() const { return statistics_; }
   void ResetStatistics() { std::ranges::fill(statistics_, LayerStatistics{}); }
 
@@ -105,6 +111,7 @@ class Planner {
   PlannerConfig config_;
   SlotTableView table_;
   DecayedFrequency::Log2Table log2_table_;
+  std::vector<int32_t> layer_bias_;        // [num_layers]
   std::unique_ptr<NeedModel> need_model_;  // of PolicyKind::kPredictedNeed
   int32_t observed_layer_ = -1;  // of a plan that found no slot: its routes come once more
   std::vector<LayerStatistics> statistics_;  // [num_layers]

@@ -12,6 +12,10 @@ PrefetchLedger::PrefetchLedger(const SlotTableView& table)
                  kNever) {}
 
 void PrefetchLedger::RecordPlan(const Plan& plan) {
+  for (const PlanRow& row : plan.rows) {
+    if (row.state != RowState::kMiss) continue;
+    missed_at_[static_cast<size_t>(Index(ToIndex(table_, {plan.layer, row.expert})))] = plan.tick;
+  }
   for (const PlanRow& row : plan.rows) RecordRow(row, plan);
 }
 
@@ -19,12 +23,12 @@ void PrefetchLedger::RecordRow(const PlanRow& row, const Plan& plan) {
   Holder& holder = holders_[static_cast<size_t>(Index(row.slot))];
   const ExpertIndex expert = ToIndex(table_, {plan.layer, row.expert});
   if (row.state == RowState::kMiss) {
-    missed_at_[static_cast<size_t>(Index(expert))] = plan.tick;
     Leave(holder);
     holder = {.expert = expert};
   } else if (holder.is_unused) {
     holder.is_unused = false;
     ++counts_.used;
+    counts_.regretted += IsRegretted(holder);
     counts_.ready += row.state == RowState::kHit;
   }
 }
@@ -39,8 +43,12 @@ void PrefetchLedger::RecordPrefetch(SlotId slot, ExpertId expert, Tick now) {
 void PrefetchLedger::Leave(const Holder& holder) {
   if (!holder.is_unused) return;
   ++counts_.wasted;
-  counts_.regretted += holder.evicted != ExpertIndex::kNone &&
-                       missed_at_[static_cast<size_t>(Index(holder.evicted))] > holder.since;
+  counts_.regretted += IsRegretted(holder);
+}
+
+bool PrefetchLedger::IsRegretted(const Holder& holder) const {
+  return holder.evicted != ExpertIndex::kNone &&
+         missed_at_[static_cast<size_t>(Index(holder.evicted))] > holder.since;
 }
 
 PrefetchLedger::Counts PrefetchLedger::TakeCounts() { return std::exchange(counts_, Counts{}); }

@@ -15,10 +15,12 @@ class PrefetchLedger {
  public:
   // Of prefetched experts, since the counts were taken last.
   struct Counts {
-    int32_t used = 0;       // needed by a plan for the first time
-    int32_t ready = 0;      // part of used: there in time
-    int32_t wasted = 0;     // evicted without a use
-    int32_t regretted = 0;  // part of wasted: what they had evicted was missed meanwhile
+    int32_t used = 0;    // needed by a plan for the first time
+    int32_t ready = 0;   // part of used: there in time
+    int32_t wasted = 0;  // evicted without a use
+    // What they had evicted was missed before they were evicted themselves or, at the latest by the
+    // same plan, used: a demand would have chosen its victim knowing what that plan needs.
+    int32_t regretted = 0;
   };
 
   explicit PrefetchLedger(const SlotTableView& table);
@@ -40,6 +42,7 @@ class PrefetchLedger {
 
   void RecordRow(const PlanRow& row, const Plan& plan);
   void Leave(const Holder& holder);
+  bool IsRegretted(const Holder& holder) const;
 
   SlotTableView table_;
   std::vector<Holder> holders_;  // [num_slots]

@@ -18,7 +18,7 @@ constexpr int64_t kLongestPauseLayers = 32 * kFirstPauseLayers;
 
 PrefetchScheduler::PrefetchScheduler(const PrefetchConfig& config)
     : expert_bytes_(static_cast<double>(config.expert_bytes)),
-      horizon_(config.max_horizon, config.top_k, config.expert_bytes),
+      horizon_(config.max_horizon, config.max_fetched, config.expert_bytes),
       next_pause_layers_(kFirstPauseLayers) {}
 
 int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
@@ -41,13 +41,15 @@ void PrefetchScheduler::Record(const LayerObservation& layer) {
   add(balance_.gain, layer.num_prefetch_used - layer.late_stall_us / transfer_us_);
   add(balance_.wasted, layer.num_prefetch_wasted);
   add(balance_.regretted, layer.num_prefetch_regretted);
+  add(balance_.stall, layer.stall_us / transfer_us_);
   add(balance_.busy_us, layer.moved_bytes / expert_bytes_ * transfer_us_);
   add(balance_.elapsed_us, layer.compute_us + layer.stall_us);
 }
 
 void PrefetchScheduler::UpdatePrice() {
   const double rho = std::min(balance_.busy_us / std::max(balance_.elapsed_us, 1.0), 1.0);
-  const double cost = 2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted);
+  const double cost =
+      2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted) + kMargin * balance_.stall;
   const double allowed = kCostShare * std::max(balance_.gain, 0.0);
   const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);
@@ -73,6 +75,11 @@ bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead)
   const double hidden_us = std::min(idle_us, transfer_us_);
   const auto need = static_cast<double>(prediction.need);
   return hidden_us > 0.0 && need * hidden_us >= (1.0 - need) * price_ * transfer_us_;
+}
+
+bool PrefetchScheduler::HasTimeFor(double bytes_ahead, int32_t distance) const {
+  const double needed_us = (bytes_ahead / expert_bytes_ + 1.0) * transfer_us_;
+  return needed_us <= distance * horizon_.compute_us();
 }
 
 }  // namespace expertflow

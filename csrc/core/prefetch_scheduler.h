@@ -16,7 +16,7 @@ struct Prediction {
 
 struct PrefetchConfig {
   int32_t max_horizon = 8;
-  int32_t top_k = 1;
+  int32_t max_fetched = 1;  // experts that a layer needs at most
   size_t expert_bytes = 0;
 };
 
@@ -52,11 +52,14 @@ struct LayerObservation {
 // What a wrong transfer costs is not known beforehand, so the price follows the balance of those
 // that were made, in transfers, over the last tokens:
 //
-//   cost = 2 (wasted * rho^3 + regretted)
+//   cost = 2 (wasted * rho^3 + regretted) + margin
 //       rho       = share of the time in which the link is busy: on an idle one a wrong transfer is
 //                   in nobody's way, on a full one it delays more than itself
 //       regretted = those wasted ones whose victim was missed meanwhile; its return costs another
 //                   expert its slot, so it counts twice
+//   margin    = kMargin of the stall, in transfers: so little gain is not worth what this balance
+//   does
+//               not see, least of all while the price is still being found
 //   gain = used - late stall / transfer
 //
 // The exponent and the factors are fits: the simulator's traces and profiles, bench/paper/.
@@ -66,6 +69,7 @@ struct LayerObservation {
 class PrefetchScheduler {
  public:
   static constexpr double kCostShare = 0.4;
+  static constexpr double kMargin = 0.01;
   static constexpr double kMinPrice = 1.0 / 32;
   static constexpr double kFirstPrice = 2.0;  // also after a pause
   static constexpr double kMaxPrice = 4.0;
@@ -81,8 +85,13 @@ class PrefetchScheduler {
   // `bytes_ahead`: queued prefetches that are needed no later than this one.
   bool Admits(const Prediction& prediction, double bytes_ahead) const;
 
+  // Whether one more transfer and those bytes before it fit into the compute time before the layer
+  // that is `distance` ahead.
+  bool HasTimeFor(double bytes_ahead, int32_t distance) const;
+
   int32_t horizon() const { return is_paused() ? 0 : horizon_.horizon(); }
   double price() const { return price_; }
+  double transfer_us() const { return transfer_us_; }  // of one expert; 0: not measured yet
 
  private:
   bool is_paused() const { return layers_paused_ > 0; }
@@ -95,6 +104,7 @@ class PrefetchScheduler {
     double gain = 0.0;       // transfers that prefetches hid
     double wasted = 0.0;     // transfers
     double regretted = 0.0;  // evictions
+    double stall = 0.0;      // transfers
     double busy_us = 0.0;    // of the link
     double elapsed_us = 0.0;
   };

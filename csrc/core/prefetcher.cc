@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 namespace expertflow {
@@ -13,9 +14,13 @@ Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, const Trans
       planner_(planner),
       queue_(queue),
       top_k_(config.top_k),
-      scheduler_(
-          {.max_horizon = kMaxHorizon, .top_k = config.top_k, .expert_bytes = config.expert_bytes}),
-      ledger_(table) {
+      keeps_experts_(config.policy != PolicyKind::kOnDemand),
+      scheduler_({.max_horizon = kMaxHorizon,
+                  .max_fetched = std::min(table.num_experts, config.top_k * kMaxDecodeTokens),
+                  .expert_bytes = config.expert_bytes}),
+      ledger_(table),
+      miss_costs_(table.num_layers) {
+  set_horizon(kAutoHorizon);
   ranked_.reserve(static_cast<size_t>(kMaxHorizon) * static_cast<size_t>(table.num_experts));
 }
 
@@ -24,7 +29,7 @@ void Prefetcher::set_horizon(int32_t horizon) {
     throw std::invalid_argument("horizon must be auto or 0 to " + std::to_string(kMaxHorizon) +
                                 ", not " + std::to_string(horizon));
   }
-  chosen_horizon_ = horizon;
+  chosen_horizon_ = keeps_experts_ ? horizon : 0;
 }
 
 void Prefetcher::RecordPlan(const Plan& plan) {
@@ -45,6 +50,7 @@ void Prefetcher::RecordPlan(const Plan& plan) {
 int32_t Prefetcher::BeginLayer(LayerObservation measured) {
   if (is_fixed() || is_streaming_) return BeginUnmeasuredLayer();
   const PrefetchLedger::Counts counts = std::exchange(counts_, {});
+  LearnMissCost(measured);
   measured.num_fetched = num_fetched_;
   measured.num_prefetch_used = counts.used;
   measured.num_prefetch_wasted = counts.wasted;
@@ -53,8 +59,21 @@ int32_t Prefetcher::BeginLayer(LayerObservation measured) {
   return horizon_ = scheduler_.BeginLayer(measured);
 }
 
+void Prefetcher::LearnMissCost(const LayerObservation& measured) {
+  if (measured_layer_ >= 0 && scheduler_.transfer_us() > 0.0) {
+    miss_costs_.Record(measured_layer_, measured.stall_us, measured_num_fetched_,
+                       scheduler_.transfer_us());
+    // Without prefetch every miss costs a transfer.
+    const bool is_on = scheduler_.horizon() > 0;
+    planner_.set_layer_bias(measured_layer_, is_on ? miss_costs_.bias(measured_layer_) : 0);
+  }
+  measured_layer_ = layer_;
+  measured_num_fetched_ = num_fetched_;
+}
+
 int32_t Prefetcher::BeginUnmeasuredLayer() {
   counts_ = {};
+  measured_layer_ = -1;
   // A prompt keeps the link busy with what it needs, and takes few slots: there is no room.
   if (is_streaming_) return horizon_ = 0;
   return horizon_ = is_fixed() ? chosen_horizon_ : scheduler_.horizon();
@@ -66,6 +85,11 @@ int32_t Prefetcher::Prefetch(std::vector<Prediction>& predictions, const Post& p
   // First all that is resident is protected, so that no prefetch takes the slot of another.
   for (const Prediction& p : predictions) {
     if (IsResident(p) && IsExpected(p)) Take(ExpertOf(p), needed_at(p));
+  }
+  if (!is_fixed()) {
+    std::ranges::sort(predictions, [](const Prediction& a, const Prediction& b) {
+      return std::tuple(-a.need, a.distance, a.expert) < std::tuple(-b.need, b.distance, b.expert);
+    });
   }
   int32_t num_posted = 0;
   for (const Prediction& p : predictions) {
@@ -129,7 +153,18 @@ bool Prefetcher::IsExpected(const Prediction& prediction) const {
 bool Prefetcher::IsWanted(const Prediction& prediction) const {
   if (is_fixed()) return true;
   const size_t bytes_ahead = queue_.prefetch_bytes_until(tick_ + prediction.distance);
-  return scheduler_.Admits(prediction, static_cast<double>(bytes_ahead));
+  return scheduler_.Admits(prediction, static_cast<double>(bytes_ahead)) &&
+         !DelaysLaterOnes(prediction, bytes_ahead);
+}
+
+// The queue serves the earliest need first, so whatever it takes in late must leave time for what
+// was thought more probable and is needed later.
+bool Prefetcher::DelaysLaterOnes(const Prediction& prediction, size_t bytes_ahead) const {
+  for (int32_t d = prediction.distance + 1; d <= horizon_; ++d) {
+    const size_t bytes = queue_.prefetch_bytes_until(tick_ + d);
+    if (bytes > bytes_ahead && !scheduler_.HasTimeFor(static_cast<double>(bytes), d)) return true;
+  }
+  return false;
 }
 
 // A fixed horizon knows no need: it takes as many experts of each layer as a token uses.

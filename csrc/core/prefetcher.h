@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/ids.h"
+#include "core/miss_costs.h"
 #include "core/plan.h"
 #include "core/planner.h"
 #include "core/prefetch_ledger.h"
@@ -31,8 +32,9 @@ struct PrefetchStatistics {
 //   Prefetch(predictions, post)
 //
 // A prediction of distance d is about MoE layer (planned layer + d) modulo the number of layers:
-// past the last layer those of the next token follow. Allocates nothing after construction, but for
-// what `post` does. The caller serialises the calls.
+// past the last layer those of the next token follow. Eviction learns from what the scheduler
+// measures which layers' misses cost most (MissCosts). Allocates nothing after construction, but
+// for what `post` does. The caller serialises the calls.
 class Prefetcher {
  public:
   static constexpr int32_t kAutoHorizon = -1;
@@ -46,7 +48,8 @@ class Prefetcher {
              const PlannerConfig& config);
 
   // kAutoHorizon, or a fixed number of layers: then the top-k predictions of each are fetched, and
-  // nothing is refused. Throws std::invalid_argument for others than 0 to kMaxHorizon.
+  // nothing is refused. On demand it is always 0. Throws std::invalid_argument for others than 0 to
+  // kMaxHorizon.
   void set_horizon(int32_t horizon);
 
   void RecordPlan(const Plan& plan);
@@ -58,8 +61,9 @@ class Prefetcher {
   int32_t BeginUnmeasuredLayer();
 
   // Protects those of `predictions` that are resident and expected, and posts those that are
-  // admitted, in this order: the nearer layers first, the more probable expert first. With a fixed
-  // horizon, drops all but the top-k of each distance. Returns how many were posted.
+  // admitted: the more probable expert first, unless that would make a prefetch late that is needed
+  // later. With a fixed horizon, posts the top-k of each distance, which come in that order, the
+  // nearer layers first. Reorders `predictions`. Returns how many were posted.
   int32_t Prefetch(std::vector<Prediction>& predictions, const Post& post);
 
   // The same for the probabilities `need` [distances, num_experts]: row d - 1 is about the layer d
@@ -79,6 +83,8 @@ class Prefetcher {
   bool IsResident(const Prediction& prediction) const;
   bool IsExpected(const Prediction& prediction) const;
   bool IsWanted(const Prediction& prediction) const;
+  bool DelaysLaterOnes(const Prediction& prediction, size_t bytes_ahead) const;
+  void LearnMissCost(const LayerObservation& measured);
   void RankRow(int32_t distance, std::span<const float> need);
   void KeepTopK(std::vector<Prediction>& predictions) const;
 
@@ -86,14 +92,18 @@ class Prefetcher {
   Planner& planner_;
   const TransferQueue& queue_;
   int32_t top_k_;
+  bool keeps_experts_;
   PrefetchScheduler scheduler_;
   PrefetchLedger ledger_;
+  MissCosts miss_costs_;
   int32_t chosen_horizon_ = kAutoHorizon;
   int32_t horizon_ = 0;
   int32_t layer_ = 0;  // of the last plan, as the next three
   Tick tick_ = 0;
   bool is_streaming_ = false;
   int32_t num_fetched_ = 0;
+  int32_t measured_layer_ = -1;  // whose stall the next observation holds; -1: of several
+  int32_t measured_num_fetched_ = 0;
   PrefetchLedger::Counts counts_;  // that the scheduler has not seen
   PrefetchStatistics statistics_;
   std::vector<Prediction> ranked_;  // [kMaxHorizon * num_experts] at most

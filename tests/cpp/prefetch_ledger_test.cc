@@ -74,6 +74,22 @@ TEST_F(PrefetchLedgerTest, VictimThatIsMissedMeanwhileIsRegretted) {
   ExpectCounts(0, 0, 1, 1);
 }
 
+TEST_F(PrefetchLedgerTest, VictimThatTheSamePlanNeedsIsRegretted) {
+  Planner planner(table_, {.top_k = 2, .expert_bytes = 1, .policy = PolicyKind::kLru});
+  const auto need = [&](std::vector<int64_t> ids) {
+    const Plan* plan = planner.PlanLayer(0, ids, 1, ++now_);
+    ledger_.RecordPlan(*plan);
+    for (const PlanRow& row : plan->rows) planner.Publish(row.slot);
+  };
+  need({0, 1});
+  ++now_;  // a layer elsewhere
+  const SlotId slot = planner.PlanPrefetch({0, 2}, now_, now_ + 1);
+  ledger_.RecordPrefetch(slot, {0, 2}, now_);  // evicts 0
+  planner.Publish(slot);
+  need({2, 0});  // a demand would have evicted 1
+  ExpectCounts(1, 1, 0, 1);
+}
+
 TEST_F(PrefetchLedgerTest, MissBeforeThePrefetchIsNoRegret) {
   Need(0);
   Need(1);

@@ -116,6 +116,21 @@ TEST(HorizonControllerTest, LateStallDoesNotRaiseItWhereThatDoesNotHelp) {
   EXPECT_EQ(highest, 2);
 }
 
+// One layer in forty waits, and a longer horizon shortens or lengthens that wait.
+TEST(HorizonControllerTest, ADuelIsWonByMoreThanChance) {
+  for (const double gain : {-0.1, 0.0, 0.4}) {
+    HorizonController controller(8, 4, kExpertBytes);
+    uint32_t random = 7;
+    for (int i = 0; i < 20 * 1024; ++i) {
+      random = random * 1664525 + 1013904223;
+      const double noise_us = (random >> 16) % 40 == 0 ? 400.0 : 0.0;
+      Step(controller, 100e9, 1, noise_us * std::pow(1.0 - gain, controller.horizon()));
+    }
+    const bool is_worth_it = gain > 0.0;
+    EXPECT_EQ(controller.horizon() > 1, is_worth_it) << gain;
+  }
+}
+
 class PrefetchSchedulerTest : public testing::Test {
  protected:
   // One layer in which `used` of the prefetches were needed and `wasted` were not.
@@ -129,7 +144,7 @@ class PrefetchSchedulerTest : public testing::Test {
                                   .bytes_per_second = 80e9});
   }
 
-  PrefetchScheduler scheduler_{{.max_horizon = 8, .top_k = 4, .expert_bytes = kExpertBytes}};
+  PrefetchScheduler scheduler_{{.max_horizon = 8, .max_fetched = 4, .expert_bytes = kExpertBytes}};
 };
 
 TEST_F(PrefetchSchedulerTest, AdmitsNothingBeforeTheLinkIsMeasured) {
@@ -147,6 +162,27 @@ TEST_F(PrefetchSchedulerTest, WeighsNeedAgainstWhatFitsBeforeTheLayer) {
   // The link has no time left before the layer, even for what is needed for sure.
   EXPECT_FALSE(scheduler_.Admits({1, 0, 1.0F}, 1.0 * kExpertBytes));
   EXPECT_TRUE(scheduler_.Admits({2, 0, 0.7F}, 1.0 * kExpertBytes));
+}
+
+TEST_F(PrefetchSchedulerTest, HasTimeForWhatFitsBeforeTheLayer) {
+  Layer(1, 0);  // a transfer takes 100 us, as a layer does
+  EXPECT_TRUE(scheduler_.HasTimeFor(0.0, 1));
+  EXPECT_FALSE(scheduler_.HasTimeFor(0.5 * kExpertBytes, 1));
+  EXPECT_TRUE(scheduler_.HasTimeFor(1.0 * kExpertBytes, 2));
+}
+
+// The 200 us of stall a layer are 2048 transfers in the balance, and its margin 20.
+TEST_F(PrefetchSchedulerTest, TurnsItselfOffWhereThereIsNextToNothingToGain) {
+  bool is_off = false;
+  for (int i = 0; i < 5000 && !is_off; ++i) {
+    is_off = scheduler_.BeginLayer({.compute_us = 100.0,
+                                    .stall_us = 200.0,
+                                    .num_fetched = 2,
+                                    .num_prefetch_used = i % 200 == 0,
+                                    .moved_bytes = 2.0 * kExpertBytes,
+                                    .bytes_per_second = 80e9}) == 0;
+  }
+  EXPECT_TRUE(is_off);
 }
 
 TEST_F(PrefetchSchedulerTest, PriceFallsWhileNothingIsWastedAndSettlesInBetween) {

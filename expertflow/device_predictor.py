@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core
-
-if TYPE_CHECKING:
-    from typing import Self
 
 _DTYPES = {
     torch.float32: _core.DTYPE_CODES["float32"],
@@ -29,7 +24,7 @@ class DevicePredictor:
     was learned lives either here or on the host: whoever uses both copies it over.
     """
 
-    def __init__(self, host: _core.Predictor, device: torch.device) -> None:
+    def __init__(self, host: _core.Predictor, device: torch.device, hidden_size: int) -> None:
         """Take over what `host` has learned.
 
         Raises:
@@ -37,16 +32,9 @@ class DevicePredictor:
             MemoryError: the device has no room for it.
         """
         self.device = device
+        self._hidden_size = hidden_size
         self._core = _core.CudaPredictor(host, device.index)
         self._token_id: Tensor | None = None  # stays as it is while kernels may read it
-
-    @classmethod
-    def if_possible(cls, host: _core.Predictor, device: torch.device) -> Self | None:
-        """Return one, or None where it cannot be: the host can do its work."""
-        try:
-            return cls(host, device)
-        except (ValueError, MemoryError):
-            return None
 
     def begin_pass(self, token_id: Tensor | None) -> None:
         """Begin the next token, whose id may lie on the device or on the host."""
@@ -61,7 +49,11 @@ class DevicePredictor:
 
     def observe(self, layer: int, hidden_states: Tensor) -> None:
         """Foresee from one row of the router input of `layer`."""
-        row = hidden_states.detach().reshape(-1)
+        row = hidden_states.detach().reshape(-1).contiguous()
+        if row.numel() != self._hidden_size:
+            raise ValueError(
+                f"a router input has {row.numel()} values, expected {self._hidden_size}"
+            )
         dtype = _DTYPES.get(row.dtype)
         if dtype is None or row.data_ptr() % 16:
             row, dtype = row.to(torch.float32, copy=True), _DTYPES[torch.float32]

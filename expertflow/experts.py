@@ -177,8 +177,11 @@ def _gpt_oss_gate(gate_up: Tensor) -> Tensor:
 
 
 def begin_foreseeing(predictor: Predictor | None, layer: int, hidden_states: Tensor) -> None:
-    """Call before `compute_experts` of the layer whose `on_planned` is `prefetch_foreseen`."""
-    if isinstance(predictor, NeedPredictor):
+    """Call before `compute_experts` of the layer whose `on_planned` is `prefetch_foreseen`.
+
+    Both with the cache's lock held, so that no other thread's pass comes between them.
+    """
+    if isinstance(predictor, NeedPredictor) and len(hidden_states) > 0:
         predictor.begin_layer(layer, hidden_states)
 
 
@@ -295,19 +298,20 @@ class StreamedExperts(nn.Module):
         """[T, H], [T, K], [T, K] -> [T, H], with the experts of the cache."""
         assert self.cache is not None
         cache = self.cache
-        begin_foreseeing(self.predictor, self.layer_index, hidden_states)
-        return compute_experts(
-            cache,
-            self.layer_index,
-            hidden_states,
-            expert_ids,
-            expert_weights,
-            self.expert_mlp,
-            self.grouped_mlp if self._can_group else None,
-            on_planned=lambda: prefetch_foreseen(
-                self.predictor, cache, self.layer_index, hidden_states
-            ),
-        )
+        with cache.lock:
+            begin_foreseeing(self.predictor, self.layer_index, hidden_states)
+            return compute_experts(
+                cache,
+                self.layer_index,
+                hidden_states,
+                expert_ids,
+                expert_weights,
+                self.expert_mlp,
+                self.grouped_mlp if self._can_group else None,
+                on_planned=lambda: prefetch_foreseen(
+                    self.predictor, cache, self.layer_index, hidden_states
+                ),
+            )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], [T, K], [T, K] -> [T, H]."""

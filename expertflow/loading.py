@@ -151,7 +151,7 @@ def load_opened_model(
     check_cache_fits(with_predictor, available_memory(ram_limit), pool_is_fixed=False)
     if on_cuda:
         torch.cuda.empty_cache()
-        check_cuda_cache_fits(with_predictor, torch.cuda.mem_get_info(device)[0], device)
+        check_cuda_cache_fits(size, torch.cuda.mem_get_info(device)[0], device)
 
     streamed, loading_info = _load_without_experts(model, progress)
     streamed.to(device)

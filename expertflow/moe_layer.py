@@ -83,14 +83,17 @@ class MoELayer(nn.Module):
         """[..., hidden] -> [..., hidden], unless routes are biased the same bits with any cache."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, expert_ids = self.route(tokens)
-        begin_foreseeing(self.predictor, self.layer, tokens)
-        output = compute_experts(
-            self.cache,
-            self.layer,
-            tokens,
-            expert_ids,
-            weights,
-            self.expert_mlp,
-            on_planned=lambda: prefetch_foreseen(self.predictor, self.cache, self.layer, tokens),
-        )
+        with self.cache.lock:
+            begin_foreseeing(self.predictor, self.layer, tokens)
+            output = compute_experts(
+                self.cache,
+                self.layer,
+                tokens,
+                expert_ids,
+                weights,
+                self.expert_mlp,
+                on_planned=lambda: prefetch_foreseen(
+                    self.predictor, self.cache, self.layer, tokens
+                ),
+            )
         return output.view_as(hidden_states)

@@ -6,6 +6,7 @@ is. This module feeds it from a model's forward passes, and saves what it learne
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from pathlib import Path
@@ -20,6 +21,8 @@ from . import _core
 from .device_predictor import DevicePredictor
 from .errors import CheckpointError
 from .routers import Routers, find_routers
+
+logger = logging.getLogger(__name__)
 
 MAX_DISTANCE = 8
 _MAX_TOKEN_BUCKETS = 8192
@@ -261,8 +264,13 @@ class ExpertPredictor:
         if not hidden_states.is_cuda or self._is_refused:
             return None
         if self._on_device is None:
-            self._on_device = DevicePredictor.if_possible(self._core, hidden_states.device)
-            self._is_refused = self._on_device is None
+            try:
+                self._on_device = DevicePredictor(
+                    self._core, hidden_states.device, self.hidden_size
+                )
+            except (ValueError, MemoryError) as error:
+                logger.warning("experts are foreseen on the host, which takes longer: %s", error)
+                self._is_refused = True
             self._is_on_device = not self._is_refused
         if self._on_device is None or self._on_device.device != hidden_states.device:
             return None

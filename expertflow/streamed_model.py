@@ -132,7 +132,8 @@ class StreamedModel:
 
     def save_predictor(self, path: str | os.PathLike[str]) -> None:
         """Save what the predictor has learned about the model, as a safetensors file."""
-        self._required_predictor().save(path)
+        with self.expert_cache.lock:  # no pass is under way
+            self._required_predictor().save(path)
 
     def load_predictor(self, path: str | os.PathLike[str]) -> None:
         """Go on with what `save_predictor` saved of the same model.
@@ -140,7 +141,8 @@ class StreamedModel:
         Raises FileNotFoundError, CheckpointError for a damaged file, and ValueError for one that
         was saved for another model.
         """
-        self._required_predictor().load(path)
+        with self.expert_cache.lock:
+            self._required_predictor().load(path)
 
     def _required_predictor(self) -> ExpertPredictor:
         if self.predictor is None:

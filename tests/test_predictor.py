@@ -299,7 +299,7 @@ def test_files_of_other_sizes_are_refused(trained, tmp_path, change, name):
     with pytest.raises(ValueError, match=f"saved for {name}"):
         ExpertPredictor(plain_routers(), **change).load(tmp_path / "p.safetensors")
     other_model = ExpertPredictor(plain_routers(hidden=16), max_distance=2, num_token_buckets=9)
-    with pytest.raises(ValueError, match="hidden size 24, and this model has 16"):
+    with pytest.raises(ValueError, match="hidden size 24, and this predictor has 16"):
         other_model.load(tmp_path / "p.safetensors")
 
 

@@ -1,5 +1,8 @@
 """Models that prefetch what a predictor foresees: the same bits, and experts that arrive early."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +165,34 @@ def test_set_expert_cache_keeps_the_predictor(predicting):
     assert model.predictor is predictor
     assert model.expert_cache.horizon == 2
     assert model.expert_cache.statistics()["prefetch_bytes"] > 0
+
+
+def test_two_threads_may_predict_with_one_model(predicting):
+    batches = [token_ids(25, 8, seed=1), token_ids(3, seed=2)]
+    model = predicting("qwen3_moe")
+    expected = [generate(model, batch, 8) for batch in batches]
+    use(model, CacheOptions("50%"))
+
+    def run(batch):
+        return [generate(model, batch, 8) for _ in range(4)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            results = list(threads.map(run, batches, timeout=120))
+    finally:
+        sys.setswitchinterval(interval)
+    for found, right in zip(results, expected, strict=True):
+        assert same_bits(found, [right] * 4)
+
+
+def test_no_tokens_are_no_pass(predicting):
+    model = predicting("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    no_ids = torch.empty(0, model.expert_cache.top_k, dtype=torch.int64)
+    nothing = experts(torch.empty(0, 32), no_ids, torch.empty(0, model.expert_cache.top_k))
+    assert nothing.shape == (0, 32)
 
 
 def test_memory_of_the_predictor_is_counted(tiny_checkpoint):

@@ -17,7 +17,7 @@ from expertflow import experts
 from expertflow._core import POLICIES
 from expertflow.demo import DEMO_MODEL
 
-BATCH, NEW_TOKENS = 16, 64
+BATCHES, NEW_TOKENS = (1, 16, 16), 64  # a single sequence is foreseen on the GPU
 
 
 def load(pool: str, size: str, prefetch: str | bool = False):
@@ -26,9 +26,9 @@ def load(pool: str, size: str, prefetch: str | bool = False):
     )
 
 
-def run(model, seed: int):
+def run(model, seed: int, batch: int):
     torch.manual_seed(seed)
-    prompts = torch.randint(3, 500, (BATCH, 12), device="cuda")
+    prompts = torch.randint(3, 500, (batch, 12), device="cuda")
     output = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -65,22 +65,24 @@ def main() -> None:
     choice = random.Random(0)
     resident = load("ram", "100%")
     models = [load("ram", "25%", "auto"), load("file", "25%", "auto")]
-    done, first_free, first_rss = 0, 0, 0
+    done, num_rounds, first_free, first_rss = 0, 0, 0, 0
     while done < options.tokens:
         experts.compute_experts = original
-        expected = run(resident, done)
+        batch = choice.choice(BATCHES)
+        expected = run(resident, done, batch)
         model = choice.choice(models)
         policy, scope = choice.choice(POLICIES), choice.choice(("global", "layer"))
         model.set_expert_cache("25%", policy=policy, cache_scope=scope)
         model.expert_cache.set_horizon(choice.choice(("auto", *range(1, 9))))
         if choice.random() < 0.5:
             experts.compute_experts = prefetching(model.expert_cache, choice)
-        found = run(model, done)
+        found = run(model, done, batch)
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs), f"{policy}, {scope}: differs after {done} tokens"
-        done += BATCH * NEW_TOKENS
+        done += batch * NEW_TOKENS
+        num_rounds += 1
         print(f"{done} tokens equal", flush=True)
-        if done == 4 * BATCH * NEW_TOKENS:  # by now everything was used once
+        if num_rounds == 8:  # by now everything was used once
             first_free = torch.cuda.mem_get_info()[0]
             first_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     grown = first_free - torch.cuda.mem_get_info()[0]

@@ -98,6 +98,7 @@ void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStr
     throw std::invalid_argument("a router input must be device memory aligned to 16 bytes");
   }
   const DeviceGuard guard(device_);
+  Follow(stream);
   const auto index = static_cast<size_t>(layer);
   num_distances_ = std::min(config_.max_distance, config_.num_layers - 1 - layer);
   LaunchPredict({.view = state_.view(),
@@ -116,7 +117,18 @@ void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStr
                  .sequence = ++num_observed_},
                 launch_, stream);
   observed_pass_[index] = pass_;
-  last_stream_ = stream;
+}
+
+// Predictions share their scratch memory, so those on `stream` come after those on another.
+void DevicePredictor::Follow(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  EXPERTFLOW_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  is_captured_ = status != cudaStreamCaptureStatusNone;
+  if (!is_captured_ && last_stream_ && *last_stream_ != stream) {
+    followed_.Record(*last_stream_);
+    followed_.MakeWait(stream);
+  }
+  last_stream_ = is_captured_ ? std::nullopt : std::optional(stream);
 }
 
 void DevicePredictor::Learn(int32_t layer, cudaStream_t stream) {
@@ -151,19 +163,20 @@ std::span<const float> DevicePredictor::need(int32_t distance) const {
                             std::to_string(num_distances_) + " that were foreseen");
   }
   if (!host_) throw std::logic_error("this predictor leaves its needs on the device");
+  if (is_captured_) throw std::logic_error("the needs were captured in a graph, not computed");
+  const DeviceGuard guard(device_);
   const size_t row = static_cast<size_t>(distance) - 1;
   const auto num_experts = static_cast<size_t>(config_.rule.num_experts);
   const std::atomic_ref<uint64_t> word(host_words()[row]);
   const auto is_there = [&] { return word.load(std::memory_order_acquire) == num_observed_; };
   for (uint32_t spins = 1; !is_there(); ++spins) {
     if (spins % kSpinsBetweenChecks != 0) continue;
-    const cudaError_t code = cudaStreamQuery(last_stream_);  // a kernel that failed writes nothing
+    const cudaError_t code = cudaStreamQuery(*last_stream_);  // a kernel that failed writes nothing
     if (code == cudaErrorNotReady) {
       cudaGetLastError();
       continue;
     }
     CheckCuda(code, "cudaStreamQuery", __FILE__, __LINE__, "while waiting for predicted needs");
-    if (!is_there()) throw std::logic_error("the needs were captured in a graph, not computed");
   }
   return {host_need() + row * num_experts, num_experts};
 }

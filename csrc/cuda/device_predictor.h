@@ -38,8 +38,9 @@ struct ObservedToken {
 //                   there; Learn(layer, stream), one launch on a stream of its own, beside what
 //                   `stream` does meanwhile
 //
-// In a graph the calls are captured as they are, with JoinLearning(stream) before the capture
-// begins, and at its end. Not thread-safe.
+// In a graph the calls are captured as they are, with JoinLearning(stream) at the end of the
+// capture, before it begins, and before a replay that follows a pass outside the graph. Not
+// thread-safe.
 class DevicePredictor {
  public:
   struct Options {
@@ -75,7 +76,6 @@ class DevicePredictor {
   std::span<const float> need(int32_t distance) const;
 
   // In device memory, overwritten by the next Observe: row d - 1 is about distance d.
-  const float* device_need() const { return state_.view().need; }             // [.., experts]
   const int32_t* prefetch_ids() const { return state_.view().prefetch_ids; }  // [.., list_size]
   const int32_t* prefetch_counts() const { return state_.view().prefetch_counts; }  // [..]
 
@@ -83,11 +83,11 @@ class DevicePredictor {
   void CopyFrom(const LearnedState& state);
   void CopyTo(LearnedState& state) const;
 
-  int device() const { return device_; }
   DType router_dtype() const { return state_.router_dtype(); }
 
  private:
   void CheckLayer(int32_t layer) const;
+  void Follow(cudaStream_t stream);
   uint64_t* host_words() const { return reinterpret_cast<uint64_t*>(host_->data()); }
   float* host_need() const {
     return reinterpret_cast<float*>(host_words() + predictor::kMaxDistance);
@@ -101,13 +101,14 @@ class DevicePredictor {
   PredictorLaunch launch_;
   std::optional<PinnedMemory> host_;  // a word for each distance, then the needs
   CudaStream learning_stream_;
-  CudaEvent observed_, learned_;
+  CudaEvent observed_, learned_, followed_;
   bool is_learning_ = false;  // since the last join
   int64_t pass_ = 0;
   std::vector<int64_t> observed_pass_;  // [layers] the last one
   int32_t num_distances_ = 0;
   uint64_t num_observed_ = 0;
-  cudaStream_t last_stream_ = nullptr;
+  std::optional<cudaStream_t> last_stream_;  // of the last Observe, unless it was captured
+  bool is_captured_ = false;                 // the last Observe
 };
 
 }  // namespace expertflow

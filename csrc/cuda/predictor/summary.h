@@ -105,8 +105,8 @@ class Summary {
       if (params_.host_need != nullptr) params_.host_need[place] = need;
     }
     if (expert_ == 0) view_.schedules[row] = scalars.Schedule();
-    List(need);
     if (params_.host_need != nullptr) Publish();
+    List(need);
   }
 
  private:

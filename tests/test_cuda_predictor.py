@@ -20,7 +20,7 @@ def on_device(rule, max_distance=3):
     """A predictor on the device, the one on the host that it came from, and the routers."""
     routers = random_routers(rule, hidden=HIDDEN)
     host = ExpertPredictor(routers, max_distance=max_distance, num_token_buckets=5)._core
-    return DevicePredictor(host, CUDA), host, routers
+    return DevicePredictor(host, CUDA, HIDDEN), host, routers
 
 
 @pytest.mark.parametrize("with_tokens", [True, False])
@@ -96,7 +96,8 @@ def test_takes_router_inputs_of_any_float_type_and_alignment(dtype):
 def test_sizes_that_the_kernels_do_not_take_stay_on_the_host():
     routers = random_routers(RULES["softmax"], hidden=12)
     host = ExpertPredictor(routers, max_distance=3)._core
-    assert DevicePredictor.if_possible(host, CUDA) is None
+    with pytest.raises(ValueError):
+        DevicePredictor(host, CUDA, 12)
 
 
 def run_pass(predictor, states, token_ids, device):

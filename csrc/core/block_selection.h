@@ -17,8 +17,7 @@
 // A `Block` is what a CUDA block gives its threads: kWarpSize, thread(), num_threads() (whole
 // warps), Sync(), within a warp Ballot(flag), MinOfWarp(value) and MaxOfWarp(value), and
 // Add(counter, amount), which is atomic and returns the value before. A `Source` has Visit(f),
-// which calls f(order, candidate) for every candidate of the calling thread, and equally often in
-// all threads of a warp: where a thread has no more, with kNoOrder.
+// which calls f(order, candidate) for every candidate of the calling thread.
 
 namespace expertflow {
 
@@ -46,7 +45,9 @@ EXPERTFLOW_HD inline uint32_t OrderOf(int64_t rank, int64_t origin) {
 
 // Lies in the shared memory of the block.
 struct BlockSelection {
-  static constexpr int32_t kListCapacity = 64;
+  // Room for what a plan of misses alone lists: then the oldest slots lie side by side, in few warps,
+  // and the bound lets in all of these.
+  static constexpr int32_t kListCapacity = 256;
 
   alignas(16) uint32_t warp_least[kMaxBlockWarps];  // the warps' smallest orders; at first kNoOrder
   Candidate list[kListCapacity];
@@ -86,23 +87,8 @@ EXPERTFLOW_DEVICE uint32_t BoundOfOrders(Block& block, const BlockSelection& sha
   return bound < kNoOrder ? bound : kNoOrder - 1;
 }
 
-// Puts the candidates of a warp's threads that have `keeps` set into the list, as far as it has
-// room. One lane counts for all: else candidates would wait for each other at the counter.
-template <class Block>
-EXPERTFLOW_DEVICE void ListOfWarp(Block& block, BlockSelection& shared, int32_t& counter,
-                                  bool keeps, const Candidate& candidate) {
-  const uint32_t keepers = block.Ballot(keeps);
-  if (keepers == 0) return;
-  const uint32_t before = (uint32_t{1} << block.thread() % Block::kWarpSize) - 1;
-  const bool is_first = keeps && (keepers & before) == 0;
-  const int32_t begin = is_first ? block.Add(counter, CountBits(keepers)) : 0;
-  const auto first_place = static_cast<int32_t>(block.MaxOfWarp(static_cast<uint32_t>(begin)));
-  const int32_t place = first_place + CountBits(keepers & before);
-  if (keeps && place < BlockSelection::kListCapacity) shared.list[place] = candidate;
-}
-
 // Puts the listed candidates' places among the first `wanted` into `victims`; a warp for each
-// candidate, with the lanes comparing it.
+// candidate, with the lanes comparing it until it is out.
 template <class Block>
 EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t num_listed,
                                  int32_t wanted, int32_t* victims) {
@@ -113,7 +99,7 @@ EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t n
     const Candidate candidate = shared.list[i];
     int32_t place = 0;
     EXPERTFLOW_NO_UNROLL
-    for (int32_t first = 0; first < num_listed; first += Block::kWarpSize) {
+    for (int32_t first = 0; first < num_listed && place < wanted; first += Block::kWarpSize) {
       const int32_t j = first + lane;
       place += CountBits(block.Ballot(j < num_listed && shared.list[j] < candidate));
     }
@@ -135,10 +121,11 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
   Candidate ceiling{kNoRank, kHighestSlot};
   for (;;) {
     int32_t& counter = shared.num_listed[parity];
-    if (block.Ballot(least <= bound) != 0) {
+    if (least <= bound) {
       source.Visit([&](uint32_t order, const Candidate& candidate) {
-        const bool keeps = order <= bound && floor < candidate && !(ceiling < candidate);
-        ListOfWarp(block, shared, counter, keeps, candidate);
+        if (order > bound || !(floor < candidate) || ceiling < candidate) return;
+        const int32_t place = block.Add(counter, 1);
+        if (place < kListCapacity) shared.list[place] = candidate;
       });
     }
     block.Sync();

@@ -63,7 +63,7 @@ class OwnSlots {
     return least;
   }
 
-  // Calls visit(order, candidate) for every slot, with kNoOrder for what must not be taken.
+  // Calls visit(order, candidate) for every slot that may be taken.
   template <class Visitor>
   EXPERTFLOW_DEVICE void Visit(Visitor&& visit) {
     const bool fits_registers = range_.end - range_.begin <= tile_size_;
@@ -75,7 +75,7 @@ class OwnSlots {
       }
       EXPERTFLOW_UNROLL
       for (int32_t k = 0; k < kPerTile; ++k) {
-        visit(order_[k], Candidate{rank_[k], SlotOf(first, k)});
+        if (order_[k] != kNoOrder) visit(order_[k], Candidate{rank_[k], SlotOf(first, k)});
       }
     }
   }

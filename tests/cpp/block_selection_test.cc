@@ -25,11 +25,9 @@ struct RankSource {
 
   template <class Visitor>
   void Visit(Visitor&& visit) {
-    const auto num_slots = static_cast<int32_t>(ranks.size());
-    for (int32_t first = 0; first < num_slots; first += num_threads) {
-      const int32_t s = first + thread;
-      const int64_t rank = s < num_slots ? ranks[static_cast<size_t>(s)] : kNoRank;
-      visit(rank == kNoRank ? kNoOrder : OrderOf(rank, origin), Candidate{rank, s});
+    for (int32_t s = thread; s < static_cast<int32_t>(ranks.size()); s += num_threads) {
+      const int64_t rank = ranks[static_cast<size_t>(s)];
+      if (rank != kNoRank) visit(OrderOf(rank, origin), Candidate{rank, s});
     }
   }
 };

@@ -59,7 +59,19 @@ _WEIGHT_RULES: dict[str, _WeightRule] = {
 def bias_routers(model: Any) -> list[RemovableHandle]:
     """Have the routers of a streamed model ask the `biased_router` of the cache.
 
-    Raises UnsupportedModelError where that would not weigh experts as the router does.
+    Raises what `check_routers` raises.
+    """
+    rule, routers = check_routers(model)
+    return [
+        router.register_forward_hook(_reroute_hook(experts, rule)) for router, experts in routers
+    ]
+
+
+def check_routers(model: Any) -> tuple[_WeightRule, list[tuple[Any, StreamedExperts]]]:
+    """Return how a model's routers weigh experts, and the routers with their experts.
+
+    Raises UnsupportedModelError where routes that are changed would not be weighed as the router
+    does.
     """
     family = model.config.model_type
     rule = _WEIGHT_RULES.get(family)
@@ -75,9 +87,7 @@ def bias_routers(model: Any) -> list[RemovableHandle]:
     ]
     for router, _ in routers:
         _check_rule(family, router, rule)
-    return [
-        router.register_forward_hook(_reroute_hook(experts, rule)) for router, experts in routers
-    ]
+    return rule, routers
 
 
 def _reroute_hook(experts: StreamedExperts, rule: _WeightRule) -> Callable[..., Any]:

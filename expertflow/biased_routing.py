@@ -100,12 +100,11 @@ class BiasedRouter:
         """
         if not 0 < len(expert_ids) <= MAX_ROWS:
             return None
-        with cache.lock:  # the counts are read and written by every thread that runs the model
+        scores = logits.detach().float().cpu().numpy()
+        wanted = expert_ids.to("cpu", torch.int64).numpy()
+        with cache.lock:  # no other pass takes slots between the look at residents and the choice
             changed_ids, num_changed = self._core.reroute(
-                layer,
-                logits.detach().float().cpu().numpy(),
-                cache.residents(layer),
-                expert_ids.to("cpu", torch.int64).numpy(),
+                layer, scores, cache.residents(layer), wanted
             )
         if num_changed == 0:
             return None

@@ -118,7 +118,7 @@ class ExpertCache:
         self.decay = decay
         self.num_threads = num_threads
         self.mlp_hidden = mlp_hidden
-        self._chosen_horizon: str | int = "auto"
+        self.chosen_horizon: str | int = "auto"
         # For compiled graphs, which know a layer by its number only.
         self.layers: weakref.WeakValueDictionary[int, StreamedExperts] = (
             weakref.WeakValueDictionary()
@@ -186,7 +186,7 @@ class ExpertCache:
             device=self.device,
             mlp_hidden=self.mlp_hidden,
         )
-        cache.set_horizon(self._chosen_horizon)
+        cache.set_horizon(self.chosen_horizon)
         cache.biased_router = self.biased_router
         return cache
 
@@ -273,7 +273,7 @@ class ExpertCache:
             raise ValueError(
                 f'horizon={horizon!r} is neither "auto" nor 0 to {_core.MAX_HORIZON} layers'
             )
-        self._chosen_horizon = horizon
+        self.chosen_horizon = horizon
 
     @property
     def horizon(self) -> int:

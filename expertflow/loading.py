@@ -19,6 +19,7 @@ import torch
 
 from . import _core
 from ._core import CheckpointSource, ExpertSource, RamPool
+from .biased_hooks import check_routers
 from .biased_routing import BiasedRouting, check_routing
 from .build_info import build_info
 from .cache import NUM_FILE_READERS, ExpertCache
@@ -156,6 +157,8 @@ def load_opened_model(
     streamed, loading_info = _load_without_experts(model, progress)
     streamed.to(device)
     experts = _experts_modules(streamed, model)
+    if isinstance(routing, BiasedRouting):
+        check_routers(streamed)
     try:
         source = _open_source(model, size, device, pin_memory, num_threads, progress)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""The routers of a transformers MoE model, as the predictor needs them."""
+"""The routers of a transformers MoE model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_routers(model: nn.Module) -> Routers:
         if name.endswith(".mlp.experts")
     ]
     if not routers:
-        raise UnsupportedModelError("the model has no layer with experts, so nothing to predict")
+        raise UnsupportedModelError("the model has no layer with experts")
     first: Any = routers[0]
     corrections = [getattr(router, "e_score_correction_bias", None) for router in routers]
     has_groups = getattr(first, "topk_method", "group_limited_greedy") == "group_limited_greedy"

@@ -114,11 +114,14 @@ class StreamedModel:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedExperts):
                 module.predictor = predictor
+        if predictor is None:  # and the cache forgets which layers' misses prefetch had hidden
+            self.expert_cache.set_horizon(self.expert_cache.chosen_horizon)
 
     def set_routing(self, routing: str | BiasedRouting) -> None:
         """Route exactly with "exact", or in favour of the cache with a `BiasedRouting`.
 
-        Raises ValueError for another value, UnsupportedModelError where routers cannot be biased.
+        What was compiled before is compiled anew. Raises ValueError for another value,
+        UnsupportedModelError where routers cannot be biased.
         """
         check_routing(routing)
         hooks, biased = [], None
@@ -127,6 +130,8 @@ class StreamedModel:
             hooks = bias_routers(self)
         for hook in self._routing_hooks:
             hook.remove()
+        if hooks and not self._routing_hooks and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # it does not guard against hooks where there were none
         self._routing_hooks = tuple(hooks)
         self.expert_cache.biased_router = biased
 

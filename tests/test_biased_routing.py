@@ -227,6 +227,18 @@ def test_a_compiled_model_is_biased_too(biased):
     assert model.expert_cache.statistics()["changed_routes"] > 0
 
 
+def test_a_model_compiled_before_is_biased_too(biased):
+    model = biased("qwen3_moe", GREEDY)
+    model.set_routing("exact")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(**token_ids(4))
+        model.set_routing(GREEDY)
+        for _ in range(3):
+            compiled(**token_ids(4))
+    assert model.expert_cache.statistics()["changed_routes"] > 0
+
+
 def test_exact_takes_the_hooks_away(biased):
     model = biased("qwen3_moe", GREEDY)
     model.set_routing(BiasedRouting())

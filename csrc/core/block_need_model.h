@@ -8,7 +8,7 @@
 
 // What NeedModel::Observe (eviction/need_model.h) does, by a block of threads and in two parts: the
 // scores inside a plan, what is learned in a kernel of its own behind it. From the same functions,
-// so both agree bit by bit. `Block` is what core/block_selection.h says.
+// so both agree bit by bit. `Block` is what core/block_planner.h says.
 
 namespace expertflow {
 

@@ -45,8 +45,8 @@ EXPERTFLOW_HD inline uint32_t OrderOf(int64_t rank, int64_t origin) {
 
 // Lies in the shared memory of the block.
 struct BlockSelection {
-  // Room for what a plan of misses alone lists: then the oldest slots lie side by side, in few warps,
-  // and the bound lets in all of these.
+  // Room for what a plan of misses alone lists: then the oldest slots lie side by side, in few
+  // warps, and the bound lets in all of these.
   static constexpr int32_t kListCapacity = 256;
 
   alignas(16) uint32_t warp_least[kMaxBlockWarps];  // the warps' smallest orders; at first kNoOrder

@@ -61,7 +61,7 @@ int32_t HorizonController::burst() const {
   return std::max(static_cast<int32_t>(burst), 1);
 }
 
-int32_t HorizonController::Update(double bytes_per_second, double queued_bytes) {
+int32_t HorizonController::Update(double bytes_per_second, double queued_bytes, bool is_used) {
   queued_bytes_ += (queued_bytes - queued_bytes_) * kFastRate;
   if (bytes_per_second <= 0.0 || compute_us_ <= 0.0) return horizon_ = 0;
   const double lead_us = (queued_bytes_ + burst() * expert_bytes_) / bytes_per_second * 1e6;
@@ -75,7 +75,11 @@ int32_t HorizonController::Update(double bytes_per_second, double queued_bytes) 
       layers < lead_layers_ - 1 - kHysteresisLayers) {
     lead_layers_ = static_cast<int32_t>(std::ceil(layers));
   }
-  UpdateBoost();
+  if (is_used) {
+    UpdateBoost();
+  } else {
+    duel_ = {};  // both of its blocks would be without prefetch
+  }
   const int32_t tried = duel_.is_on && duel_.layers >= kBlockLayers ? 1 : 0;
   return horizon_ = std::min(lead_layers_ + boost_ + tried, max_horizon_);
 }

@@ -33,8 +33,9 @@ class HorizonController {
   void RecordLayer(double compute_us, double stall_us, double late_stall_us, int32_t num_fetched);
 
   // Takes in the state of the link and returns the new horizon, 0 while the bandwidth is 0, that
-  // is, not measured yet. Once after each RecordLayer.
-  int32_t Update(double bytes_per_second, double queued_bytes);
+  // is, not measured yet. Once after each RecordLayer. While the horizon is not used (`is_used`),
+  // nothing is learned about the boost.
+  int32_t Update(double bytes_per_second, double queued_bytes, bool is_used = true);
 
   int32_t horizon() const { return horizon_; }
   double compute_us() const { return compute_us_; }  // of one layer

@@ -102,7 +102,7 @@ class OwnSlots {
     }
   }
 
-  // No slot can be of the plan yet: its tick is new.
+  // What may be taken is as MayTake says; no slot can be of the plan yet: its tick is new.
   template <class Found>
   EXPERTFLOW_DEVICE uint32_t RankTile(int32_t first, Found&& found) {
     constexpr bool kOnDemand = std::is_same_v<Policy, OnDemand>;

@@ -77,14 +77,15 @@ class Planner {
   // layer of the evicted expert); bytes and times by whoever moves the experts.
   LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
   std::vector<LayerStatistics>& statistics() { return statistics_; }
+  const std::vector<LayerStatistics>& statistics() const { return statistics_; }
+  void ResetStatistics() { std::ranges::fill(statistics_, LayerStatistics{}); }
+
   // From its next plan on, what PolicyKind::kPredictedNeed foresees for the experts of `layer`
-  // counts that much more, in the units of its scores: MissCosts says how much.
+  // counts that much more, in the units of its scores: MissCosts says how much. The planner kernel
+  // has no such bias: it decides alike where none is set.
   void set_layer_bias(int32_t layer, int32_t bias) {
     layer_bias_[static_cast<size_t>(layer)] = bias;
   }
-
-  const std::vector<LayerStatistics>& statistics() const { return statistics_; }
-  void ResetStatistics() { std::ranges::fill(statistics_, LayerStatistics{}); }
 
   // How many resident experts one layer of a long prompt may displace.
   int32_t staging_slots(int32_t layer) const;

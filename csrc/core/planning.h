@@ -15,8 +15,9 @@
 #include "core/statistics.h"
 
 // What planning does to one slot or one row. The host's planner and the planner kernel are made of
-// these functions, so they decide alike; each has only its own way to scan for the smallest ranks.
-// In a kernel, every row and every slot has its own thread: they share the counters only.
+// these functions, so they decide alike; each has only its own way to tell which slots may be
+// taken, and to scan these for the smallest ranks. In a kernel, every row and every slot has its
+// own thread: they share the counters only.
 
 namespace expertflow {
 
@@ -85,8 +86,7 @@ EXPERTFLOW_HD inline RowState StateOfRow(const SlotTableView& table, SlotId slot
 }
 
 // Whether a plan or a prefetch at tick `now` may take the slot: never one in flight or of the
-// current plan, nor, if asked to, a predicted one. Without branches, so that a kernel's loads do
-// not wait for each other.
+// current plan, nor, if asked to, a predicted one. The kernel's rule is in OwnSlots::RankTile.
 EXPERTFLOW_HD inline bool MayTake(const SlotTableView& table, int32_t slot, Tick now,
                                   bool spare_predicted) {
   const bool in_flight = InFlight(table.slot_state[slot]);

@@ -23,7 +23,7 @@ PrefetchScheduler::PrefetchScheduler(const PrefetchConfig& config)
 
 int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
   horizon_.RecordLayer(layer.compute_us, layer.stall_us, layer.late_stall_us, layer.num_fetched);
-  horizon_.Update(layer.bytes_per_second, layer.queued_bytes);
+  horizon_.Update(layer.bytes_per_second, layer.queued_bytes, !is_paused());
   if (layer.bytes_per_second <= 0.0) return 0;
   transfer_us_ = expert_bytes_ / layer.bytes_per_second * 1e6;
   if (is_paused()) {

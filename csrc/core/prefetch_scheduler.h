@@ -57,9 +57,8 @@ struct LayerObservation {
 //                   in nobody's way, on a full one it delays more than itself
 //       regretted = those wasted ones whose victim was missed meanwhile; its return costs another
 //                   expert its slot, so it counts twice
-//   margin    = kMargin of the stall, in transfers: so little gain is not worth what this balance
-//   does
-//               not see, least of all while the price is still being found
+//       margin    = kMargin of the stall, in transfers: so little gain is not worth what this
+//                   balance does not see, least of all while the price is still being found
 //   gain = used - late stall / transfer
 //
 // The exponent and the factors are fits: the simulator's traces and profiles, bench/paper/.

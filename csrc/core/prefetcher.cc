@@ -30,6 +30,9 @@ void Prefetcher::set_horizon(int32_t horizon) {
                                 ", not " + std::to_string(horizon));
   }
   chosen_horizon_ = keeps_experts_ ? horizon : 0;
+  // What misses cost was learned with the horizon before.
+  measured_layer_ = -1;
+  for (int32_t layer = 0; layer < table_.num_layers; ++layer) planner_.set_layer_bias(layer, 0);
 }
 
 void Prefetcher::RecordPlan(const Plan& plan) {

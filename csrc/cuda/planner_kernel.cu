@@ -29,6 +29,7 @@ void LaunchPlanLayer(const PlanningView& planning, const LayerPlanRequest& reque
 void LaunchLearnNeeds(const PlanningView& planning, int32_t layer, cudaStream_t stream) {
   CheckPlannable(layer >= 0 && layer < planning.table.num_layers, "layer", layer,
                  planning.table.num_layers - 1);
+  CheckNeedModel(planning);
   const NeedState& model = planning.need.model;
   const auto* kernel = reinterpret_cast<const void*>(&LearnNeedsKernel);
   const int32_t num_words = NumNeedWords(model.num_experts) + model.width;

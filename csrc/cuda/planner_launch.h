@@ -31,6 +31,12 @@ inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t 
                               std::to_string(value) + ": the limit is " + std::to_string(limit));
 }
 
+// A view as MakePlanningView returns it has no need model.
+inline void CheckNeedModel(const PlanningView& planning) {
+  if (planning.need.to_learn != nullptr) return;
+  throw std::invalid_argument("the planner kernel needs a need model: make one with DevicePlanner");
+}
+
 // Few slots for each thread, so that they are read at once, a thread for every id, and enough warps
 // to find a token's victims in one pass.
 inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRequest& request) {
@@ -59,6 +65,7 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
   CheckPlannable(shared_bytes <= kMaxDynamicBytes, "experts per layer", planning.table.num_experts,
                  planning.table.num_experts * static_cast<int64_t>(kMaxDynamicBytes) /
                      static_cast<int64_t>(shared_bytes));
+  if (planning.policy == PolicyKind::kPredictedNeed) CheckNeedModel(planning);
   const auto num_threads = static_cast<unsigned>(NumPlannerThreads(planning, request));
   WithPolicy(planning.policy, [&]<class Policy>(Policy) {
     const auto* kernel = reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block>);

@@ -92,10 +92,10 @@ TEST(BlockSelectionTest, ManyMoreEqualRanksThanTheListHolds) {
   ExpectAsSorted(std::vector<int64_t>(1000, kEmptyKey), 20, 64);
 }
 
-TEST(BlockSelectionTest, SmallRanksCrowdedInOneClass) {
-  std::vector<int64_t> ranks(800);
+TEST(BlockSelectionTest, MoreSmallRanksInOneWarpThanTheListHolds) {
+  std::vector<int64_t> ranks(3000);
   for (size_t s = 0; s < ranks.size(); ++s) {
-    ranks[s] = static_cast<int64_t>(s % 8 == 3 ? s : 1'000'000 - s);
+    ranks[s] = static_cast<int64_t>(s % 32 < HostBlock::kWarpSize ? s : 1'000'000 - s);
   }
   ExpectAsSorted(ranks, 8);
   ExpectAsSorted(ranks, 17);

@@ -127,7 +127,7 @@ TEST_P(PlannerKernelTest, DecidesAlikeOnSkewedRoutingOfLargeModels) {
   }
 }
 
-// Several tiles of slots, and blocks of more than one warp per class.
+// Several tiles of slots for a thread.
 TEST_P(PlannerKernelTest, DecidesAlikeOnTablesOfManySlots) {
   const auto [policy, scope] = GetParam();
   PairedPlanners<GpuPlanner>(Shape{12, 512, 10, 5000}, policy, scope).RunSkewed(30);
@@ -164,6 +164,7 @@ TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {
   EXPECT_THROW(enqueue(0, kMaxRoutedIds + 1), std::invalid_argument);
   EXPECT_THROW(DevicePlanner(2, 8, 1, config), std::invalid_argument);
   EXPECT_THROW(LaunchLearnNeeds(planner.planning(), 2, nullptr), std::invalid_argument);
+  EXPECT_THROW(LaunchLearnNeeds(planner.planning(), 0, nullptr), std::invalid_argument);
   DevicePlanner many_experts(1, 20'000, 16, config);
   EXPECT_THROW(
       many_experts.PlanLayer(0, ids.Put({1, 2}, false), reinterpret_cast<LayerPlan*>(plan.data()),

@@ -140,7 +140,7 @@ __device__ ElementPair<typename Layout::Scalar> LoadBias(const Params& params, c
   return bias[min(pair, params.num_outputs / 2 - 1)];
 }
 
-// Tokens whose sums are added up at once; more would not fit into the shared memory of all devices.
+// Tokens whose sums are added up at once, so that these take no more than 10 KiB beside the ring.
 template <int kTokens>
 constexpr int kReducedTokens = kTokens < 4 ? kTokens : 4;
 

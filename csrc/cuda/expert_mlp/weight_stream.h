@@ -20,10 +20,10 @@ constexpr size_t kRingBytes = size_t{Layout::kDepth} * 2 * Layout::kThreads * 16
 
 // A thread's share of the weights, in the order it uses them, through its own part of a ring in
 // shared memory: up to Layout::kDepth steps of two 16-byte chunks are under way at any time, also
-// across the end of a unit, which a load into registers would not give at this register count. 96
-// KiB in flight on each multiprocessor cover the latency of HBM at its full rate (4.4 TB/s · 0.9 µs
-// / 132 = 30 KiB) with room for waiting; more only makes the first weights wait for others' last.
-// No other thread touches this thread's part, so it needs no barrier.
+// across the end of a unit, which a load into registers would not give at this register count. At 1
+// token, 90 to 96 KiB in flight on each multiprocessor cover the latency of HBM at its full rate
+// (4.4 TB/s · 0.9 µs / 132 = 30 KiB) with room for waiting; more only makes the first weights wait
+// for others' last. No other thread touches this thread's part, so it needs no barrier.
 //
 // The work of a kernel is a list of units: `Layout::num_units()` for each pass, pass after pass.
 // The thread takes units first_unit, first_unit + unit_stride, ...

@@ -3,10 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <regex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -42,16 +42,17 @@ inline Trace ReadTrace(const std::string& path) {
   const size_t header_size = byte(8) + 256 * byte(9);
   if (bytes.size() < header_begin + header_size) refuse("its header is cut short");
   const std::string header = bytes.substr(header_begin, header_size);
-  const std::regex pattern(
-      R"('descr': '[|<]([iu][1248])'.*'fortran_order': False.*'shape': \((\d+), (\d+), (\d+)\))");
-  std::smatch match;
-  if (!std::regex_search(header, match, pattern)) {
-    refuse("integers [tokens, layers, top_k] are needed, the header says " + header);
-  }
-  Trace trace{std::stoll(match[2]), std::stoi(match[3]), std::stoi(match[4]), {}};
+  char type_name[3] = {};
+  long long num_tokens;
+  int num_layers, top_k, end = 0;
+  std::sscanf(header.c_str(),
+              "{'descr': '%*1[|<]%2[iu1248]', 'fortran_order': False, 'shape': (%lld, %d, %d)%n",
+              type_name, &num_tokens, &num_layers, &top_k, &end);
+  if (end == 0) refuse("integers [tokens, layers, top_k] are needed, the header says " + header);
+  Trace trace{num_tokens, num_layers, top_k, {}};
   const auto count = static_cast<size_t>(trace.num_tokens * trace.num_layers * trace.top_k);
   const std::string data = bytes.substr(header_begin + header_size);
-  const std::string type = match[1];
+  const std::string type = type_name;
   if (type == "u1") trace.ids = WidenIds<uint8_t>(data, count);
   if (type == "i1") trace.ids = WidenIds<int8_t>(data, count);
   if (type == "u2") trace.ids = WidenIds<uint16_t>(data, count);

@@ -26,6 +26,7 @@
 #include "cuda/device_predictor.h"
 #include "cuda/devices.h"
 #include "cuda/stream.h"
+#include "cuda_measure.h"
 #include "cuda_memory_kernels.h"
 #include "cuda_timing.h"
 
@@ -49,31 +50,15 @@ constexpr Shape kShapes[] = {
     {"docs-moe-12x32", 12, 256, 32, 4, 8},    {"DeepSeek-V3, 12 layers", 12, 7168, 256, 8, 4},
 };
 
-double Quantile(std::vector<double> values, double quantile) {
-  std::ranges::sort(values);
-  return values[static_cast<size_t>(quantile * static_cast<double>(values.size() - 1) + 0.5)];
-}
-
 double read_rate = 0;  // bytes per second, set by ReadOnly, which runs first
 
-// Runs the benchmark's iterations; each is `parts` equal parts of `bytes` bytes.
-void Measure(benchmark::State& state, cudaStream_t stream, double parts, double bytes,
-             const std::function<void()>& enqueue) {
-  Timer timer;
-  for (int i = 0; i < 3; ++i) timer.Time(stream, enqueue);
-  std::vector<double> seconds;
-  for (auto _ : state) {
-    seconds.push_back(timer.Time(stream, enqueue) / parts);
-    state.SetIterationTime(seconds.back());
-  }
-  const double median = Quantile(seconds, 0.5);
-  state.counters["MB"] = bytes * 1e-6;
-  state.counters["us_median"] = median * 1e6;
-  state.counters["us_p10"] = Quantile(seconds, 0.1) * 1e6;
-  state.counters["us_p90"] = Quantile(seconds, 0.9) * 1e6;
-  state.counters["GB/s"] = bytes / median * 1e-9;
-  if (read_rate == 0) read_rate = bytes / median;
-  state.counters["%_of_read"] = 100 * bytes / median / read_rate;
+// Measure, and the share of what ReadOnly reads.
+template <class Enqueue>
+void MeasureShare(benchmark::State& state, cudaStream_t stream, double parts, double bytes,
+                  const Enqueue& enqueue) {
+  const double rate = Measure(state, stream, parts, bytes, enqueue);
+  if (read_rate == 0) read_rate = rate;
+  state.counters["%_of_read"] = 100 * rate / read_rate;
 }
 
 const DeviceMemory& Arena() {
@@ -96,8 +81,8 @@ void ReadOnly(benchmark::State& state) {
   const Graph graph(stream.get(), [&] {
     for (size_t part = 0; part < num_parts; ++part) read(part);
   });
-  Measure(state, stream.get(), static_cast<double>(num_parts), static_cast<double>(bytes),
-          [&] { graph.Launch(stream.get()); });
+  MeasureShare(state, stream.get(), static_cast<double>(num_parts), static_cast<double>(bytes),
+               [&] { graph.Launch(stream.get()); });
 }
 
 // Random routers that bf16 can hold, as those of a bf16 model.
@@ -186,8 +171,8 @@ void MeasureLayers(benchmark::State& state, Model& model, const std::vector<int3
     for (const int32_t layer : layers) enqueue(layer, stream.get());
     predictor.JoinLearning(stream.get());
   });
-  Measure(state, stream.get(), static_cast<double>(layers.size()), bytes,
-          [&] { graph.Launch(stream.get()); });
+  MeasureShare(state, stream.get(), static_cast<double>(layers.size()), bytes,
+               [&] { graph.Launch(stream.get()); });
   state.SetLabel(model.name());
 }
 

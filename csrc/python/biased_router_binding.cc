@@ -12,19 +12,12 @@
 #include <vector>
 
 #include "core/biased_router.h"
+#include "python/array_values.h"
 
 namespace py = pybind11;
 
 namespace expertflow {
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-template <class T>
-std::span<const T> Values(const Array<T>& array) {
-  return {array.data(), static_cast<size_t>(array.size())};
-}
 
 std::unique_ptr<BiasedRouter> MakeBiasedRouter(int32_t num_layers, int32_t num_experts,
                                                int32_t top_k, bool is_sigmoid, int32_t num_groups,

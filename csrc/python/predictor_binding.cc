@@ -14,19 +14,15 @@
 #include <vector>
 
 #include "core/predictor/predictor.h"
+#include "python/array_values.h"
 
 namespace py = pybind11;
 
 namespace expertflow {
 namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using IdArray = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-
-template <class T>
-std::span<const T> Values(const py::array_t<T, py::array::c_style | py::array::forcecast>& array) {
-  return {array.data(), static_cast<size_t>(array.size())};
-}
+using FloatArray = Array<float>;
+using IdArray = Array<int64_t>;
 
 std::vector<float> Copy(const FloatArray& array) {
   return {array.data(), array.data() + array.size()};

@@ -14,6 +14,7 @@
 #include "core/prefetcher.h"
 #include "core/statistics.h"
 #include "host/cache_registry.h"
+#include "python/array_values.h"
 
 namespace expertflow {
 
@@ -49,7 +50,7 @@ pybind11::dict StatisticsDict(const std::vector<LayerStatistics>& layers,
                               const PrefetchStatistics& prefetched, int32_t horizon);
 
 // [distances, num_experts] from Python.
-using NeedArray = pybind11::array_t<float, pybind11::array::c_style | pybind11::array::forcecast>;
+using NeedArray = Array<float>;
 
 // Throws std::invalid_argument for another shape.
 std::span<const float> NeedValues(const NeedArray& need, int32_t num_experts);

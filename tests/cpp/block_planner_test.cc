@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "every_policy.h"
 #include "host_block.h"
 #include "paired_planners.h"
 #include "recorded_routing.h"
@@ -131,7 +132,7 @@ TEST(BlockPlannerRefusalTest, IdsThatTheLayerLacksChangeNothing) {
   ExpectBadIdsAreRefused<CpuBlockPlanner>();
 }
 
-INSTANTIATE_TEST_SUITE_P(AllPolicies, BlockPlannerTest, AllPoliciesAndScopes(),
+INSTANTIATE_TEST_SUITE_P(AllPolicies, BlockPlannerTest, EveryPolicyAndScope(),
                          NameOfPolicyAndScope);
 
 }  // namespace

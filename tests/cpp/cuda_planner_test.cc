@@ -21,6 +21,7 @@
 #include "cuda/planner_kernel.h"
 #include "cuda/stream.h"
 #include "cuda_test.h"
+#include "every_policy.h"
 #include "paired_planners.h"
 #include "recorded_routing.h"
 
@@ -139,7 +140,7 @@ TEST_P(PlannerKernelTest, DecidesAlikeOnRecordedRouting) {
   ExpectEqualOnRecordedRouting<GpuPlanner>(policy, scope, /*num_tokens=*/200);
 }
 
-INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelTest, AllPoliciesAndScopes(),
+INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelTest, EveryPolicyAndScope(),
                          NameOfPolicyAndScope);
 
 using PlannerKernelRefusalTest = CudaTest;

@@ -26,23 +26,6 @@ struct Shape {
   int32_t num_slots;
 };
 
-using PolicyAndScope = std::tuple<PolicyKind, CacheScope>;
-
-inline auto AllPoliciesAndScopes() {
-  return testing::Combine(
-      testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency, PolicyKind::kTwoLevelLru,
-                      PolicyKind::kOnDemand, PolicyKind::kPredictedNeed),
-      testing::Values(CacheScope::kGlobal, CacheScope::kLayer));
-}
-
-inline std::string NameOfPolicyAndScope(const testing::TestParamInfo<PolicyAndScope>& info) {
-  const std::array policies = {"Lru", "DecayedFrequency", "TwoLevelLru", "OnDemand",
-                               "PredictedNeed"};
-  const auto [policy, scope] = info.param;
-  return std::string(policies.at(static_cast<size_t>(policy))) +
-         (scope == CacheScope::kGlobal ? "Global" : "PerLayer");
-}
-
 // Every array of two tables of the same shape, in host memory.
 template <class Visit>
 void ForEachArray(const SlotTableView& a, const SlotTableView& b, Visit&& visit) {

@@ -18,7 +18,7 @@ from .traces import Trace
 MAX_HORIZON = _core.MAX_HORIZON
 OURS = "predicted_need"  # the eviction policy that is called "ours"
 POLICIES = (*_core.POLICIES, "ours", "belady")
-PREDICTORS = ("none", "transition", "trace", "oracle")
+PREDICTORS = ("none", "ids", "trace", "oracle")
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def test_infinite_link_never_stalls():
 @given(
     seed=st.integers(0, 1000),
     policy=st.sampled_from(POLICIES),
-    predictor=st.sampled_from(("none", "transition", "oracle")),
+    predictor=st.sampled_from(("none", "ids", "oracle")),
     horizon=st.sampled_from((None, 0, 1, 3, 8)),
     scope=st.sampled_from(("global", "layer")),
     expert_cache=st.sampled_from((0.25, 0.5, 0.75, 1.0)),

@@ -4,7 +4,7 @@
 
 DeepSeek-V2-Lite's sizes, whatever the trace: experts of 17.3 MB, and of all experts the share that
 5 to 25 GB are of DeepSeek-V2-Lite's 28.8 GB. A trace that holds recorded predictions is run with
-them, another with the transition predictor, which sees ids only. Constants are fitted on first
+them, another with the predictor that sees ids only. Constants are fitted on first
 halves, so results are those of second ones. The layer times are those of layer_times.json. Every
 cell of cache size, link and layer time is shown, also those that physics forbids:
 
@@ -77,7 +77,7 @@ def run_cell(
         expert_share=ROUTED_BYTES / LAYER_BYTES,
     )
     simulation = Simulation(trace, machine, warmup_tokens=warmup)
-    predictor = "transition" if trace.predicted_ids is None else "trace"
+    predictor = "ids" if trace.predicted_ids is None else "trace"
     fixed = {step: simulation.run("lru", predictor, step) for step in FIXED_STEPS}
     best = min(fixed, key=lambda step: fixed[step]["stall_us_per_token"])
     rows = {

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/simulation/transition_predictor.h"
+#include "core/simulation/ids_predictor.h"
 
 namespace expertflow {
 namespace {
@@ -25,8 +25,8 @@ std::unique_ptr<StepPredictor> MakePredictor(PredictorKind kind, const TraceView
       return std::make_unique<OraclePredictor>(trace);
     case PredictorKind::kRecorded:
       return std::make_unique<RecordedPredictor>(trace);
-    case PredictorKind::kTransition:
-      return std::make_unique<TransitionPredictor>(trace, Simulator::kMaxHorizon);
+    case PredictorKind::kIds:
+      return std::make_unique<IdsPredictor>(trace, Simulator::kMaxHorizon);
   }
   return nullptr;
 }
@@ -37,9 +37,9 @@ PredictorKind ParsePredictor(std::string_view name) {
   if (name == "none") return PredictorKind::kNone;
   if (name == "oracle") return PredictorKind::kOracle;
   if (name == "trace") return PredictorKind::kRecorded;
-  if (name == "transition") return PredictorKind::kTransition;
+  if (name == "ids") return PredictorKind::kIds;
   throw std::invalid_argument("predictor '" + std::string(name) +
-                              "' is unknown: use none, oracle, trace or transition");
+                              "' is unknown: use none, oracle, trace or ids");
 }
 
 Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)

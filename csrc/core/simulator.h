@@ -18,7 +18,7 @@
 
 namespace expertflow {
 
-enum class PredictorKind : int32_t { kNone, kOracle, kRecorded, kTransition };
+enum class PredictorKind : int32_t { kNone, kOracle, kRecorded, kIds };
 
 // Throws std::invalid_argument that lists the names there are.
 PredictorKind ParsePredictor(std::string_view name);

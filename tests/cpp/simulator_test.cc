@@ -131,7 +131,7 @@ TEST(SimulatorTest, CountsTheGoldenTraceAsThePlannerAlone) {
 TEST(SimulatorTest, RepeatsToTheNanosecond) {
   const TestTrace trace = SkewedTrace(200, 4, 2, 16, 3);
   SimulatorConfig config = TinyConfig(24, 700);
-  config.predictor = PredictorKind::kTransition;
+  config.predictor = PredictorKind::kIds;
   config.horizon = SimulatorConfig::kAutoHorizon;
   EXPECT_EQ(Fields(Simulate(trace, config)), Fields(Simulate(trace, config)));
 }
@@ -217,7 +217,7 @@ TEST_P(SimulatorPropertyTest, AdaptivePrefetchIsNotWorseThanNone) {
   SimulatorConfig config = Config();
   const int64_t none_ns = Simulate(trace_, config).stall_ns;
   ASSERT_GT(none_ns, 0);
-  for (const auto kind : {PredictorKind::kOracle, PredictorKind::kTransition}) {
+  for (const auto kind : {PredictorKind::kOracle, PredictorKind::kIds}) {
     config.predictor = kind;
     const SimulationResult result = Simulate(trace_, config);
     // A prediction that is not worth its bytes costs what it takes to find that out.
@@ -231,7 +231,7 @@ TEST_P(SimulatorPropertyTest, AdaptivePrefetchIsCloseToTheBestFixedHorizon) {
   SimulatorConfig config = Config();
   config.policy = PolicyKind::kOnDemand;
   const int64_t on_demand_ns = Simulate(trace_, config).stall_ns;
-  for (const auto kind : {PredictorKind::kOracle, PredictorKind::kTransition}) {
+  for (const auto kind : {PredictorKind::kOracle, PredictorKind::kIds}) {
     config = Config();
     config.predictor = kind;
     const int64_t adaptive_ns = Simulate(trace_, config).stall_ns;

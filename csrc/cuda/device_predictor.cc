@@ -1,20 +1,18 @@
 #include "cuda/device_predictor.h"
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/cuda_error.h"
 #include "cuda/device_guard.h"
+#include "cuda/mapped_word.h"
 
 namespace expertflow {
 namespace {
 
 using predictor::kMaxDistance;
 using predictor::kMaxExperts;
-
-constexpr uint32_t kSpinsBetweenChecks = 1 << 16;
 
 int CurrentDevice() {
   int device;
@@ -167,17 +165,7 @@ std::span<const float> DevicePredictor::need(int32_t distance) const {
   const DeviceGuard guard(device_);
   const size_t row = static_cast<size_t>(distance) - 1;
   const auto num_experts = static_cast<size_t>(config_.rule.num_experts);
-  const std::atomic_ref<uint64_t> word(host_words()[row]);
-  const auto is_there = [&] { return word.load(std::memory_order_acquire) == num_observed_; };
-  for (uint32_t spins = 1; !is_there(); ++spins) {
-    if (spins % kSpinsBetweenChecks != 0) continue;
-    const cudaError_t code = cudaStreamQuery(*last_stream_);  // a kernel that failed writes nothing
-    if (code == cudaErrorNotReady) {
-      cudaGetLastError();
-      continue;
-    }
-    CheckCuda(code, "cudaStreamQuery", __FILE__, __LINE__, "while waiting for predicted needs");
-  }
+  AwaitWord(host_words()[row], num_observed_, *last_stream_, "predicted needs");
   return {host_need() + row * num_experts, num_experts};
 }
 

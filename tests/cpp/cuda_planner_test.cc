@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -17,6 +16,7 @@
 #include "cuda/cuda_error.h"
 #include "cuda/device_memory.h"
 #include "cuda/device_planner.h"
+#include "cuda/mapped_word.h"
 #include "cuda/pinned_memory.h"
 #include "cuda/planner_kernel.h"
 #include "cuda/stream.h"
@@ -74,7 +74,7 @@ class GpuPlanner {
                        stream_.get());
     planner_.Learn(layer, stream_.get());
     ++sequence_;
-    WaitForPlan();
+    AwaitWord(host_plan_->sequence, sequence_, stream_.get(), "a plan");
     const LayerPlan early = *host_plan_;
     stream_.Synchronize();
     ExpectEqualPlans(early, CopyOut(plan_));
@@ -87,20 +87,6 @@ class GpuPlanner {
   void SetTick(Tick now) { planner_.SetTick(now); }
 
  private:
-  void WaitForPlan() {
-    const std::atomic_ref sequence(host_plan_->sequence);
-    while (sequence.load(std::memory_order_acquire) != sequence_) {
-      const cudaError_t code = cudaStreamQuery(stream_.get());
-      if (code == cudaErrorNotReady) {
-        cudaGetLastError();  // "not ready" is no failure that a later check should find
-        continue;
-      }
-      EXPERTFLOW_CUDA_CHECK(code);
-      break;
-    }
-    ASSERT_EQ(sequence.load(std::memory_order_acquire), sequence_) << "the plan never came";
-  }
-
   DevicePlanner planner_;
   CudaStream stream_;
   DeviceIds ids_;

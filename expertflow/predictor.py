@@ -57,8 +57,9 @@ class ExpertPredictor:
         if not 1 <= max_distance <= MAX_DISTANCE:
             raise ValueError(f"max_distance={max_distance} is not between 1 and {MAX_DISTANCE}")
         empty = np.empty(0, np.float32)
+        weights = routers.stacked_weights()
         self._core = _core.Predictor(
-            routers.weights,
+            weights,
             biases=empty if routers.biases is None else routers.biases,
             corrections=empty if routers.corrections is None else routers.corrections,
             top_k=routers.top_k,
@@ -68,8 +69,8 @@ class ExpertPredictor:
             max_distance=max_distance,
             num_token_buckets=num_token_buckets,
         )
-        self.num_layers, self.num_experts, self.hidden_size = routers.weights.shape
-        self._router_norms = np.linalg.norm(routers.weights, axis=-1)  # tells models apart
+        self.num_layers, self.num_experts, self.hidden_size = weights.shape
+        self._router_norms = np.linalg.norm(weights, axis=-1)  # tells models apart
         self.max_distance = max_distance
         self.num_token_buckets = num_token_buckets
         # On a GPU a pass of one sequence is seen by its last row: a prompt needs no foresight.

@@ -186,6 +186,13 @@ def test_reset_starts_the_counts_and_the_budget_anew(biased):
     assert model.expert_cache.statistics()["changed_routes"] > 0
 
 
+def test_routers_of_which_only_the_sizes_are_read_are_not_copied(biased):
+    model = biased("qwen3_moe", "exact")
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    weights = find_routers(model).weights
+    assert all(w is gate.weight for w, gate in zip(weights, gates, strict=True))
+
+
 def test_the_predictor_learns_what_the_routers_wanted(biased, monkeypatch):
     """What it has learned follows from what the routers were given, not from what was changed."""
     model = biased("qwen3_moe", GREEDY)

@@ -129,6 +129,23 @@ TEST_P(PlannerKernelTest, DecidesAlikeOnRecordedRouting) {
 INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelTest, EveryPolicyAndScope(),
                          NameOfPolicyAndScope);
 
+// A few plans of every kind: quick also under compute-sanitizer, where a plan takes tens of
+// milliseconds.
+using PlannerKernelSmallTest = PlannerKernelTest;
+
+TEST_P(PlannerKernelSmallTest, DecidesAsTheHostPlannerDoes) {
+  const auto [policy, scope] = GetParam();
+  for (uint64_t seed = 0; seed < 6 && !HasFailure(); ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    PairedPlanners<GpuPlanner>(seed, policy, scope).RunRandom(6);
+  }
+  PairedPlanners<GpuPlanner>(Shape{3, 32, 4, 48}, policy, scope).RunSkewed(8);
+  PairedPlanners<GpuPlanner>(Shape{10, 512, 8, 5000}, policy, scope).RunRandom(10);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelSmallTest, EveryPolicyAndScope(),
+                         NameOfPolicyAndScope);
+
 using PlannerKernelRefusalTest = CudaTest;
 
 TEST_F(PlannerKernelRefusalTest, IdsThatTheLayerLacksChangeNothing) {
@@ -168,14 +185,16 @@ struct DestroyGraph {
 using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
 
-class PlannerKernelGraphTest : public CudaTest, public testing::WithParamInterface<PolicyKind> {};
+// A policy, and how many tokens.
+class PlannerKernelGraphTest : public CudaTest,
+                               public testing::WithParamInterface<std::tuple<PolicyKind, int>> {};
 
 // A graph of one decode step, replayed with other ids in the same memory, decides as single
 // launches do, and every replay has its own ticks.
 TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   constexpr Shape kShape{6, 32, 4, 40};
-  constexpr int kNumTokens = 40;
-  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1, .policy = GetParam()};
+  const auto [policy, num_tokens] = GetParam();
+  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy};
   DevicePlanner replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   DevicePlanner launched(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   std::vector<DeviceIds> ids(kShape.num_layers);
@@ -212,7 +231,7 @@ TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
 
   SlotTable of_replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots);
   SlotTable of_launched(kShape.num_layers, kShape.num_experts, kShape.num_slots);
-  for (int token = 0; token < kNumTokens; ++token) {
+  for (int token = 0; token < num_tokens; ++token) {
     SCOPED_TRACE("token " + std::to_string(token));
     EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(exec.get(), stream.get()));
     stream.Synchronize();
@@ -229,9 +248,11 @@ TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   }
 }
 
+constexpr PolicyKind kGraphPolicies[] = {PolicyKind::kDecayedFrequency, PolicyKind::kPredictedNeed};
 INSTANTIATE_TEST_SUITE_P(Policies, PlannerKernelGraphTest,
-                         testing::Values(PolicyKind::kDecayedFrequency,
-                                         PolicyKind::kPredictedNeed));
+                         testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(40)));
+INSTANTIATE_TEST_SUITE_P(Small, PlannerKernelGraphTest,
+                         testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(6)));
 
 }  // namespace
 }  // namespace expertflow

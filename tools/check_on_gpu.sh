@@ -25,7 +25,8 @@ compile() {
 
 cpp_tests() { ctest --test-dir $build -j 4 --output-on-failure --no-tests=error -E Benchmark 2>&1 | grep -vE 'Passed|Start '; }
 
-python_tests() { PYTHONPATH=. python3 -m pytest -q --maxfail=8 tests/test_cuda.py tests/test_cuda_predictor.py; }
+python_tests() { PYTHONPATH=. python3 -m pytest -q --maxfail=8 tests/test_cuda.py tests/test_cuda_predictor.py \
+  tests/test_biased_weights.py::test_on_a_gpu; }
 
 # Under a tool a launch takes milliseconds, so these are tests that run every variant of each kernel in few
 # launches; the cache has one small kernel, but copies and events beside it. Prints for each: tool, test, rc, how

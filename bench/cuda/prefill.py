@@ -10,7 +10,7 @@ import statistics
 import time
 
 import torch
-from decode import raw_bandwidth
+from decode_bounds import raw_bandwidth
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts

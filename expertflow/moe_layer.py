@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .cache import ExpertCache, ExpertWeights
-from .experts import Predictor, begin_foreseeing, compute_experts, prefetch_foreseen
+from .experts import compute_experts
+from .foreseeing import Predictor, begin_foreseeing, prefetch_foreseen
 
 
 class MoELayer(nn.Module):

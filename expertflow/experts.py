@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops
-from .cache import ExpertCache, ExpertMlp, ExpertWeights
+from .cache import ExpertCache, ExpertMlp
 from .errors import UnsupportedModelError
 from .foreseeing import Predictor, begin_foreseeing, prefetch_foreseen
 from .grouped import GroupedMlp, can_group, compute_grouped
+from .slots import ExpertWeights
 from .unsupported import refuse_conversion
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
@@ -117,7 +118,7 @@ def _compute_rows(
             ops.wait(cache.handle, index)
         place = places[expert]
         tokens = hidden_states if num_tokens == 1 else hidden_states[place // top_k]
-        partial[place] = expert_mlp(tokens, cache.slot_weights(slot))
+        partial[place] = expert_mlp(tokens, cache.slots.weights(slot))
         if next_row != ops.NO_ROW:
             ops.release(cache.handle, index)
     return partial

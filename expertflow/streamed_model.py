@@ -160,8 +160,7 @@ class StreamedModel:
         """Memory that the model takes now. A slot takes none before its first expert arrives."""
         old = self.expert_cache
         size = CacheSize(self.sizes, old.num_slots, self.pool, old.policy, old.scope)
-        num_filled = sum(weights is not None for weights in old._slot_weights)
-        filled_bytes = min(num_filled * self.sizes.slot_bytes, size.cache_bytes)
+        filled_bytes = min(old.slots.num_used * self.sizes.slot_bytes, size.cache_bytes)
         return size.pool_bytes + filled_bytes + self.sizes.other_bytes
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ sanitize() {
   local tool=$1 test filter log rc passed summary
   while read -r test filter; do
     log=$build/$tool-$test.log
-    timeout 75 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$build/$test" \
+    timeout -k 5 75 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all "$build/$test" \
       --gtest_brief=1 --gtest_filter="$filter" </dev/null >"$log" 2>&1
     rc=$?
     passed=$(sed -n 's/.*PASSED *\] \([0-9]*\) test.*/\1/p' "$log")

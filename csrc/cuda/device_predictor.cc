@@ -105,7 +105,7 @@ void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStr
                  .split = {},
                  .layer = layer,
                  .num_distances = num_distances_,
-                 .first_pair = static_cast<int32_t>(first_pair_[index]),
+                 .first_pair = static_cast<int32_t>(first_pair_[index + 1]),
                  .hidden = token.hidden,
                  .hidden_dtype = token.dtype,
                  .token = token.id,
@@ -147,7 +147,7 @@ void DevicePredictor::Learn(int32_t layer, cudaStream_t stream) {
     const size_t from = index - static_cast<size_t>(distance);
     if (observed_pass_[from] != pass_) continue;
     params.distances[params.num_pairs] = distance;
-    params.pairs[params.num_pairs++] = static_cast<int32_t>(first_pair_[from]) + distance - 1;
+    params.pairs[params.num_pairs++] = static_cast<int32_t>(first_pair_[from + 1]) + distance - 1;
   }
   const DeviceGuard guard(device_);
   observed_.Record(stream);

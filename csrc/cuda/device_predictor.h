@@ -96,7 +96,7 @@ class DevicePredictor {
   PredictorConfig config_;
   Options options_;
   int device_;
-  std::vector<size_t> first_pair_;
+  std::vector<size_t> first_pair_;  // by source: the embedding, of which it foresees nothing, first
   predictor::DeviceState state_;
   PredictorLaunch launch_;
   std::optional<PinnedMemory> host_;  // a word for each distance, then the needs

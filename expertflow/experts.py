@@ -30,13 +30,6 @@ class NeedPredictor(Protocol):
     `ExpertPredictor` is one.
     """
 
-    def foresee_token(self, embeddings: Tensor, max_distance: int) -> NDArray[np.float32]:
-        """Return what `foresee` would, row 0 for layer 0, when only the embeddings are known.
-
-        `embeddings` are [sequences, rows, hidden]; a pass over these rows begins.
-        """
-        ...
-
     def begin_layer(self, layer: int, hidden_states: Tensor) -> None:
         """Take note that `foresee` will be called with the same arguments.
 
@@ -207,20 +200,6 @@ def prefetch_foreseen(
         target = layer + distance
         if target < cache.num_layers:
             cache.prefetch(target, expert_ids, distance)
-
-
-def prefetch_first_layers(
-    predictor: Predictor | None, cache: ExpertCache, embeddings: Tensor
-) -> None:
-    """Fetch what `predictor` expects of a pass: all that is known are its embeddings.
-
-    These are [sequences, rows, hidden]. Without this call nothing foresees the first layers.
-    """
-    if not isinstance(predictor, NeedPredictor) or embeddings.numel() == 0:
-        return
-    with cache.lock:
-        horizon = cache.begin_token(embeddings.shape[0] * embeddings.shape[1])
-        cache.prefetch_predicted(predictor.foresee_token(embeddings, horizon))
 
 
 class StreamedExperts(nn.Module):

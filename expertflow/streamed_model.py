@@ -26,7 +26,7 @@ from .cache_size import (
     size_cache,
 )
 from .errors import UnsupportedModelError
-from .experts import StreamedExperts, prefetch_first_layers, streamed_class
+from .experts import StreamedExperts, streamed_class
 from .families import ModelSkeleton, transformers_lock
 from .memory import available_memory
 from .predictor import ExpertPredictor
@@ -125,11 +125,19 @@ class StreamedModel:
             self.expert_cache.set_horizon(self.expert_cache.chosen_horizon)
 
     def _begin_token(self, embedding: Any, arguments: Any, embeddings: torch.Tensor) -> None:
-        """The hook of the input embeddings: a token's first layers can be foreseen from these."""
-        if torch.compiler.is_compiling() or self.predictor is None:
+        """The hook of the input embeddings, from which the first layers are foreseen.
+
+        Without it, as with inputs_embeds, nothing foresees them.
+        """
+        predictor, cache = self.predictor, self.expert_cache
+        if torch.compiler.is_compiling() or predictor is None:
             return
-        if embeddings.dim() == 3 and embeddings.shape[-1] == self.predictor.hidden_size:
-            prefetch_first_layers(self.predictor, self.expert_cache, embeddings)
+        is_pass = embeddings.dim() == 3 and embeddings.shape[-1] == predictor.hidden_size
+        if not is_pass or embeddings.numel() == 0:
+            return
+        with cache.lock:
+            horizon = cache.begin_token(embeddings.shape[0] * embeddings.shape[1])
+            cache.prefetch_predicted(predictor.foresee_token(embeddings, horizon))
 
     def set_routing(self, routing: str | BiasedRouting) -> None:
         """Route exactly with "exact", or in favour of the cache with a `BiasedRouting`.

@@ -138,14 +138,15 @@ class ExpertPredictor:
         """Begin a pass and foresee its first layers from [sequences, rows, hidden] embeddings.
 
         Returns:
-            As `foresee`, row 0 for layer 0. No rows where a GPU foresees: its kernels begin with
-            layer 0.
+            As `foresee`, row 0 for layer 0.
         """
         self._begin_pass(embeddings.flatten(0, 1))
         self._last_layer = _core.TOKEN_START
         if self._is_on_device:
-            return np.empty((0, self.num_experts), np.float32)
-        self._observe(_core.TOKEN_START, unit_embeddings(embeddings))
+            assert self._on_device is not None
+            self._on_device.observe(_core.TOKEN_START, unit_embeddings(embeddings[0, -1]))
+        else:
+            self._observe(_core.TOKEN_START, unit_embeddings(embeddings))
         return self._needs(max_distance)
 
     def begin_layer(self, layer: int, hidden_states: Tensor) -> None:

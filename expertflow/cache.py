@@ -245,6 +245,15 @@ class ExpertCache:
         """How many layers ahead the last `begin_prefetch` looked."""
         return self._core.horizon
 
+    def begin_token(self, num_tokens: int) -> int:
+        """Return how many of the first layers to foresee for a pass over that many rows.
+
+        To be called once their embeddings are known; `prefetch_predicted` then takes layer 0 as the
+        first one ahead. 0: nothing is to be prefetched now, as for `begin_prefetch`.
+        """
+        with self.lock:
+            return self._core.begin_token(num_tokens)
+
     def begin_prefetch(self) -> int:
         """Return how many layers ahead to foresee, for the layer that was planned last.
 
@@ -256,7 +265,9 @@ class ExpertCache:
             return self._core.begin_prefetch()
 
     def prefetch_predicted(self, need: NDArray[np.float32]) -> int:
-        """Fetch what is worth it of what later layers will probably need; after `begin_prefetch`.
+        """Fetch what is worth it of what later layers will probably need.
+
+        After `begin_prefetch` or `begin_token`.
 
         Args:
             need: [distances, experts]: row d - 1 has the probability that the MoE layer d after

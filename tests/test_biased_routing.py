@@ -118,14 +118,19 @@ def test_the_predictor_learns_what_the_routers_wanted(biased, monkeypatch):
     routers = find_routers(model)
     predictor = expertflow.ExpertPredictor(routers, max_distance=2, num_token_buckets=0)
     alone = expertflow.ExpertPredictor(routers, max_distance=2, num_token_buckets=0)
-    given, horizons = [], []
-    foresee = predictor.foresee
+    given, horizons, embedded = [], [], []
+    foresee, foresee_token = predictor.foresee, predictor.foresee_token
 
     def note_horizon(layer, states, horizon):
         horizons.append((layer, horizon))
         return foresee(layer, states, horizon)
 
+    def note_embeddings(embeddings, horizon):
+        embedded.append(embeddings)
+        return foresee_token(embeddings, horizon)
+
     monkeypatch.setattr(predictor, "foresee", note_horizon)
+    monkeypatch.setattr(predictor, "foresee_token", note_embeddings)
     gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
     hooks = [
         gate.register_forward_pre_hook(lambda _, seen: given.append(seen[0])) for gate in gates
@@ -137,6 +142,8 @@ def test_the_predictor_learns_what_the_routers_wanted(biased, monkeypatch):
         hook.remove()
     assert model.expert_cache.statistics()["changed_routes"] > 0
     for (layer, horizon), states in zip(horizons, given, strict=True):
+        if layer == 0:
+            alone.foresee_token(embedded.pop(0), 0)
         alone.foresee(layer, states.view(-1, states.shape[-1]), horizon)
         alone.learn(layer)
     assert predictor._core.state["weights"].any()

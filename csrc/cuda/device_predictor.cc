@@ -52,7 +52,7 @@ DevicePredictor::DevicePredictor(const Predictor& host, const Options& options)
       first_pair_(host.state().first_pair),
       state_(host, options.list_size),
       launch_(PreparePredictor(state_.router_dtype())),
-      observed_pass_(static_cast<size_t>(config_.num_layers), -1) {
+      observed_pass_(predictor::SourceOf(config_.num_layers), -1) {
   if (!options.publishes_need) return;
   const size_t num_needs = static_cast<size_t>(config_.max_distance) * host.state().num_experts;
   host_.emplace(kMaxDistance * sizeof(uint64_t) + num_needs * sizeof(float));
@@ -84,26 +84,26 @@ void DevicePredictor::JoinLearning(cudaStream_t stream) {
   is_learning_ = false;
 }
 
-void DevicePredictor::CheckLayer(int32_t layer) const {
-  if (layer >= 0 && layer < config_.num_layers) return;
+void DevicePredictor::CheckLayer(int32_t layer, int32_t first) const {
+  if (layer >= first && layer < config_.num_layers) return;
   throw std::out_of_range("layer " + std::to_string(layer) + " is not one of the predictor's " +
                           std::to_string(config_.num_layers));
 }
 
 void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStream_t stream) {
-  CheckLayer(layer);
+  CheckLayer(layer, kTokenStart);
   if (token.hidden == nullptr || reinterpret_cast<uintptr_t>(token.hidden) % 16 != 0) {
     throw std::invalid_argument("a router input must be device memory aligned to 16 bytes");
   }
   const DeviceGuard guard(device_);
   Follow(stream);
-  const auto index = static_cast<size_t>(layer);
+  const size_t source = predictor::SourceOf(layer);
   num_distances_ = std::min(config_.max_distance, config_.num_layers - 1 - layer);
   LaunchPredict({.view = state_.view(),
                  .split = {},
                  .layer = layer,
                  .num_distances = num_distances_,
-                 .first_pair = static_cast<int32_t>(first_pair_[index]),
+                 .first_pair = static_cast<int32_t>(first_pair_[source]),
                  .hidden = token.hidden,
                  .hidden_dtype = token.dtype,
                  .token = token.id,
@@ -114,7 +114,7 @@ void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStr
                  .host_words = host_ ? host_words() : nullptr,
                  .sequence = ++num_observed_},
                 launch_, stream);
-  observed_pass_[index] = pass_;
+  observed_pass_[source] = pass_;
 }
 
 // Predictions share their scratch memory, so those on `stream` come after those on another.
@@ -130,9 +130,9 @@ void DevicePredictor::Follow(cudaStream_t stream) {
 }
 
 void DevicePredictor::Learn(int32_t layer, cudaStream_t stream) {
-  CheckLayer(layer);
-  const auto index = static_cast<size_t>(layer);
-  if (observed_pass_[index] != pass_) {
+  CheckLayer(layer, 0);
+  const size_t source = predictor::SourceOf(layer);
+  if (observed_pass_[source] != pass_) {
     throw std::logic_error("layer " + std::to_string(layer) + " was not observed in this pass");
   }
   predictor::LearnParams params{.view = state_.view(),
@@ -141,8 +141,8 @@ void DevicePredictor::Learn(int32_t layer, cudaStream_t stream) {
                                 .num_pairs = 0,
                                 .distances = {},
                                 .pairs = {}};
-  for (int32_t distance = 1; distance <= std::min(config_.max_distance, layer); ++distance) {
-    const size_t from = index - static_cast<size_t>(distance);
+  for (int32_t distance = 1; distance <= std::min(config_.max_distance, layer + 1); ++distance) {
+    const size_t from = source - static_cast<size_t>(distance);
     if (observed_pass_[from] != pass_) continue;
     params.distances[params.num_pairs] = distance;
     params.pairs[params.num_pairs++] = static_cast<int32_t>(first_pair_[from]) + distance - 1;

@@ -119,6 +119,31 @@ TEST_F(CacheControlPrefetchTest, ANearGuessDoesNotDelayWhatIsMoreProbableAndNeed
               ElementsAre(ExpertId{1, 6}, ExpertId{1, 5}));
 }
 
+TEST_F(CacheControlPrefetchTest, FetchesFirstLayersWhenATokenBegins) {
+  MakeControl(Options(24));
+  EXPECT_EQ(control_->BeginToken(1, now_us_), 0) << "no time is known";
+  ASSERT_EQ(RunTokens(1), 2);
+  EXPECT_EQ(control_->BeginToken(17, now_us_), 0) << "a prompt";
+  EXPECT_THAT(Prefetch({{{5, 1.0F}}}), IsEmpty());
+  EXPECT_EQ(control_->BeginToken(1, now_us_), 2);
+  EXPECT_THAT(Prefetch({{{5, 0.9F}}, {{6, 0.95F}}}), ElementsAre(ExpertId{0, 5}, ExpertId{1, 6}));
+  RunLayer(0, {0, 5});
+  EXPECT_EQ(control_->prefetch_statistics().hits, 1);
+}
+
+TEST_F(CacheControlPrefetchTest, FirstLayerHasTheTimeThatItTookBefore) {
+  MakeControl(Options(24));
+  RunTokens(1);
+  // 40 of a layer's 100 us before the plan of layer 0: half of an expert, which takes 80 us.
+  now_us_ += 60.0;
+  control_->BeginToken(1, now_us_);
+  now_us_ -= 60.0;
+  RunTokens(1);
+  ASSERT_EQ(control_->BeginToken(1, now_us_), 2);
+  const auto posted = Prefetch({{{5, 0.75F}}, {{6, 0.75F}}});
+  EXPECT_THAT(posted, ElementsAre(ExpertId{1, 6})) << "which has 140 us";
+}
+
 TEST_F(CacheControlPrefetchTest, KeepsResidentsThatAreExpected) {
   for (const bool is_expected : {true, false}) {
     MakeControl(Options(2 * kLayers));  // all that RunTokens needs, in LRU order

@@ -72,8 +72,8 @@ class BiasedRouter:
         self.routing = routing
         corrections = routers.corrections
         self._core = _core.BiasedRouter(
-            num_layers=routers.weights.shape[0],
-            num_experts=routers.weights.shape[1],
+            num_layers=len(routers.weights),
+            num_experts=len(routers.weights[0]),
             top_k=routers.top_k,
             is_sigmoid=routers.is_sigmoid,
             num_groups=routers.num_groups,

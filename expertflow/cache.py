@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core, ops
+from .slots import ExpertWeights, Slots
 
 if TYPE_CHECKING:
     from .biased_routing import BiasedRouter
     from .experts import StreamedExperts
 
-# The tensors of one expert by role, e.g. {"gate_up_proj": [2I, H], "down_proj": [H, I]}.
-ExpertWeights = dict[str, Tensor]
 # (tokens [n, H], weights of one expert) -> [n, H]
 ExpertMlp = Callable[[Tensor, ExpertWeights], Tensor]
 
@@ -95,24 +94,19 @@ class ExpertCache:
             torch.cuda.empty_cache()  # torch's unused blocks are no use to the slots
             options |= {"device": self.device.index, "mlp_hidden": mlp_hidden}
             self._core = _core.CudaExpertCache(source, layout, **options)
-            self._slots = torch.as_tensor(_CudaSlots(self._core), device=self.device)
         else:
             self._core = _core.ExpertCache(source, layout, **options)
         self.source = source
         self.layout = layout
         self.segment_shapes = segment_shapes
-        self._segments = [
-            (role, getattr(torch, dtype), offset, num_bytes, segment_shapes[role])
-            for role, dtype, offset, num_bytes in layout.segments
-        ]
-        self._slot_weights: list[ExpertWeights | None] = [None] * num_slots
+        self.slots = Slots(self._core, layout, segment_shapes, num_slots, self.device)
         self.handle = torch.tensor([self._core.handle, 0])
         self.num_layers = num_layers
         self.num_experts = num_experts
         self.top_k = top_k
         self.num_slots = num_slots
         self.slot_bytes: int = layout.slot_bytes
-        self.dtype: torch.dtype = self._segments[0][1]
+        self.dtype: torch.dtype = getattr(torch, layout.segments[0][1])
         self.policy = policy
         self.scope = scope
         self.decay = decay
@@ -195,8 +189,7 @@ class ExpertCache:
 
         Afterwards it is of use only to be `resized`.
         """
-        self._slot_weights = []
-        del self._slots, self._core
+        del self.slots, self._core
 
     @staticmethod
     def of_handle(handle: Tensor) -> "ExpertCache":
@@ -220,34 +213,6 @@ class ExpertCache:
                 "this expert cache was made before a fork and cannot be used in the child: load "
                 "the model in the process that runs it"
             )
-
-    def slot_weights(self, slot: int) -> ExpertWeights:
-        """Return views of the tensors in `slot`, whichever expert it holds."""
-        weights = self._slot_weights[slot]
-        if weights is None:
-            memory = self._slot_memory(slot)
-            weights = {
-                role: memory[offset : offset + num_bytes].view(dtype).view(shape)
-                for role, dtype, offset, num_bytes, shape in self._segments
-            }
-            self._slot_weights[slot] = weights
-        return weights
-
-    def _slot_memory(self, slot: int) -> Tensor:
-        if isinstance(self._core, _core.ExpertCache):
-            return torch.from_numpy(self._core.slot_memory(slot))
-        return self._slots[slot]
-
-    def stacked_weights(self, first_slot: int, last_slot: int) -> ExpertWeights:
-        """Return the tensors of a range of slots (`last_slot` not included), each [slots, ...].
-
-        Only on CUDA; views, whichever experts the slots hold.
-        """
-        slots = self._slots[first_slot:last_slot]
-        return {
-            role: slots[:, offset : offset + num_bytes].view(dtype).unflatten(1, shape)
-            for role, dtype, offset, num_bytes, shape in self._segments
-        }
 
     def prefetch(self, layer: int, expert_ids: Tensor, distance: int = 1) -> None:
         """Fetch what `layer` will need `distance` MoE layers from now; see `ops.prefetch`."""
@@ -280,6 +245,15 @@ class ExpertCache:
         """How many layers ahead the last `begin_prefetch` looked."""
         return self._core.horizon
 
+    def begin_token(self, num_tokens: int) -> int:
+        """Return how many of the first layers to foresee for a pass over that many rows.
+
+        To be called once their embeddings are known; `prefetch_predicted` then takes layer 0 as the
+        first one ahead. 0: nothing is to be prefetched now, as for `begin_prefetch`.
+        """
+        with self.lock:
+            return self._core.begin_token(num_tokens)
+
     def begin_prefetch(self) -> int:
         """Return how many layers ahead to foresee, for the layer that was planned last.
 
@@ -291,7 +265,9 @@ class ExpertCache:
             return self._core.begin_prefetch()
 
     def prefetch_predicted(self, need: NDArray[np.float32]) -> int:
-        """Fetch what is worth it of what later layers will probably need; after `begin_prefetch`.
+        """Fetch what is worth it of what later layers will probably need.
+
+        After `begin_prefetch` or `begin_token`.
 
         Args:
             need: [distances, experts]: row d - 1 has the probability that the MoE layer d after
@@ -338,14 +314,6 @@ def _with_index(device: torch.device) -> torch.device:
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-class _CudaSlots:
-    """The slots in device memory, as torch.as_tensor takes them without a copy."""
-
-    def __init__(self, core: "_core.CudaExpertCache") -> None:
-        self._core = core  # the tensor keeps this object, and so the slots, alive
-        self.__cuda_array_interface__ = core.slots_interface()
 
 
 def _disown_caches() -> None:

@@ -48,7 +48,7 @@ class DevicePredictor:
         self._core.join_learning(self._stream())
 
     def observe(self, layer: int, hidden_states: Tensor) -> None:
-        """Foresee from one row of the router input of `layer`."""
+        """Foresee from one row of the router input of `layer`, or of embeddings: TOKEN_START."""
         row = hidden_states.detach().reshape(-1).contiguous()
         if row.numel() != self._hidden_size:
             raise ValueError(

@@ -7,53 +7,20 @@ grouped_mm and batched_mm round them, so that in bf16 the logits are as good as 
 same bits.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, Self, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from . import ops
-from .cache import ExpertCache, ExpertMlp, ExpertWeights
+from .cache import ExpertCache, ExpertMlp
 from .errors import UnsupportedModelError
+from .foreseeing import Predictor, begin_foreseeing, prefetch_foreseen
 from .grouped import GroupedMlp, can_group, compute_grouped
+from .slots import ExpertWeights
 from .unsupported import refuse_conversion
-
-
-@runtime_checkable
-class NeedPredictor(Protocol):
-    """Foresees how probable it is that later layers need each expert; the cache decides the rest.
-
-    `ExpertPredictor` is one.
-    """
-
-    def begin_layer(self, layer: int, hidden_states: Tensor) -> None:
-        """Take note that `foresee` will be called with the same arguments.
-
-        Between the two the host waits for the ids of the layer's experts: the time for a GPU to
-        compute the answer in.
-        """
-        ...
-
-    def foresee(self, layer: int, hidden_states: Tensor, max_distance: int) -> NDArray[np.float32]:
-        """Return [at most max_distance, experts], row d - 1 for the layer d after `layer`.
-
-        `hidden_states` are the router inputs [tokens, hidden] of `layer`.
-        """
-        ...
-
-    def learn(self, layer: int) -> None:
-        """Learn from how `layer`, which was given last, routes. Its prefetches are on their way."""
-        ...
-
-
-# Or a function which decides itself. Given a layer's number and its router input [tokens, hidden]:
-# pairs of (distance in MoE layers, ids of the experts to fetch for the layer so far ahead, the most
-# probable first).
-Predictor = NeedPredictor | Callable[[int, Tensor], Iterable[tuple[int, Tensor]]]
 
 _MAX_PARTIAL_BYTES = 256 << 20  # of the outputs of all experts, before they are summed
 
@@ -151,7 +118,7 @@ def _compute_rows(
             ops.wait(cache.handle, index)
         place = places[expert]
         tokens = hidden_states if num_tokens == 1 else hidden_states[place // top_k]
-        partial[place] = expert_mlp(tokens, cache.slot_weights(slot))
+        partial[place] = expert_mlp(tokens, cache.slots.weights(slot))
         if next_row != ops.NO_ROW:
             ops.release(cache.handle, index)
     return partial
@@ -174,32 +141,6 @@ def _silu_gate(gate_up: Tensor) -> Tensor:
 def _gpt_oss_gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-
-def begin_foreseeing(predictor: Predictor | None, layer: int, hidden_states: Tensor) -> None:
-    """Call before `compute_experts` of the layer whose `on_planned` is `prefetch_foreseen`.
-
-    Both with the cache's lock held, so that no other thread's pass comes between them.
-    """
-    if isinstance(predictor, NeedPredictor) and len(hidden_states) > 0:
-        predictor.begin_layer(layer, hidden_states)
-
-
-def prefetch_foreseen(
-    predictor: Predictor | None, cache: ExpertCache, layer: int, hidden_states: Tensor
-) -> None:
-    """Fetch what `predictor` expects of later layers, behind what `layer` waits for."""
-    if predictor is None:
-        return
-    if isinstance(predictor, NeedPredictor):
-        horizon = cache.begin_prefetch()
-        cache.prefetch_predicted(predictor.foresee(layer, hidden_states, horizon))
-        predictor.learn(layer)
-        return
-    for distance, expert_ids in predictor(layer, hidden_states):
-        target = layer + distance
-        if target < cache.num_layers:
-            cache.prefetch(target, expert_ids, distance)
 
 
 class StreamedExperts(nn.Module):

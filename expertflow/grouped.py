@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .cache import ExpertCache, ExpertWeights
+from .cache import ExpertCache
+from .slots import ExpertWeights
 
 # (tokens [n, H] ordered by expert, weights of some experts, each [experts, ...], how many of the
 # tokens each expert has [experts], and the sums of these counts) -> [n, H]
@@ -70,7 +71,7 @@ def compute_grouped(
 
     def compute(first: int, last: int, of_slot: Tensor) -> None:
         first_slot, last_slot = rows[order[first]][ops.SLOT], rows[order[last - 1]][ops.SLOT]
-        weights = cache.stacked_weights(first_slot, last_slot + 1)
+        weights = cache.slots.stacked_weights(first_slot, last_slot + 1)
         part = slice(ends[first], ends[last])
         sums = of_slot if last - first == 1 else of_slot.cumsum(0, dtype=torch.int32)
         output[part] = grouped_mlp(tokens[part], weights, of_slot, sums)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .cache import ExpertCache, ExpertWeights
-from .experts import Predictor, begin_foreseeing, compute_experts, prefetch_foreseen
+from .cache import ExpertCache
+from .experts import compute_experts
+from .foreseeing import Predictor, begin_foreseeing, prefetch_foreseen
+from .slots import ExpertWeights
 
 
 class MoELayer(nn.Module):

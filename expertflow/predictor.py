@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from . import _core
 from .device_predictor import DevicePredictor
@@ -29,7 +30,7 @@ _MAX_TOKEN_BUCKETS = 8192
 # Rows that are predicted and learned from in one pass, the last of each sequence and at least one:
 # a long prompt must not cost more than the experts it routes to.
 _MAX_ROWS = 8
-_FORMAT = "expertflow-predictor-1"
+_FORMAT = "expertflow-predictor-2"
 
 
 class ExpertPredictor:
@@ -57,8 +58,9 @@ class ExpertPredictor:
         if not 1 <= max_distance <= MAX_DISTANCE:
             raise ValueError(f"max_distance={max_distance} is not between 1 and {MAX_DISTANCE}")
         empty = np.empty(0, np.float32)
+        weights = routers.stacked_weights()
         self._core = _core.Predictor(
-            routers.weights,
+            weights,
             biases=empty if routers.biases is None else routers.biases,
             corrections=empty if routers.corrections is None else routers.corrections,
             top_k=routers.top_k,
@@ -68,8 +70,8 @@ class ExpertPredictor:
             max_distance=max_distance,
             num_token_buckets=num_token_buckets,
         )
-        self.num_layers, self.num_experts, self.hidden_size = routers.weights.shape
-        self._router_norms = np.linalg.norm(routers.weights, axis=-1)  # tells models apart
+        self.num_layers, self.num_experts, self.hidden_size = weights.shape
+        self._router_norms = np.linalg.norm(weights, axis=-1)  # tells models apart
         self.max_distance = max_distance
         self.num_token_buckets = num_token_buckets
         # On a GPU a pass of one sequence is seen by its last row: a prompt needs no foresight.
@@ -119,13 +121,34 @@ class ExpertPredictor:
             self.begin_layer(layer, hidden_states)
         self._begun_layer = None
         if not self._is_on_device:
-            states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
-            self._core.observe(layer, states.float().cpu().numpy())
-            self._core.predict(layer)  # also for no distance: it learns from what it foresaw
+            self._observe(layer, hidden_states)
+        return self._needs(max_distance)
+
+    def _observe(self, layer: int, hidden_states: Tensor) -> None:
+        states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
+        self._core.observe(layer, states.float().cpu().numpy())
+        self._core.predict(layer)  # also for no distance: it learns from what it foresaw
+
+    def _needs(self, max_distance: int) -> NDArray[np.float32]:
         needs = np.empty((min(max_distance, self.num_distances), self.num_experts), np.float32)
         for row, need in enumerate(needs):
             need[:] = self.need(row + 1)
         return needs
+
+    def foresee_token(self, embeddings: Tensor, max_distance: int) -> NDArray[np.float32]:
+        """Begin a pass and foresee its first layers from [sequences, rows, hidden] embeddings.
+
+        Returns:
+            As `foresee`, row 0 for layer 0.
+        """
+        self._begin_pass(embeddings.flatten(0, 1))
+        self._last_layer = _core.TOKEN_START
+        if self._is_on_device:
+            assert self._on_device is not None
+            self._on_device.observe(_core.TOKEN_START, unit_embeddings(embeddings[0, -1]))
+        else:
+            self._observe(_core.TOKEN_START, unit_embeddings(embeddings))
+        return self._needs(max_distance)
 
     def begin_layer(self, layer: int, hidden_states: Tensor) -> None:
         """Have a GPU start on what `foresee` of this layer is about to tell.
@@ -160,13 +183,16 @@ class ExpertPredictor:
         """Run over recorded router inputs as if decoding: each token is foreseen, then learned.
 
         Args:
-            hidden: [tokens, layers, hidden], any float type.
+            hidden: [tokens, layers, hidden], any float type; or with the tokens' embeddings, as
+                `unit_embeddings` gives them, in front of the layers: then it foresees from these
+                as well, and its distance 1 is layer 0.
             token_ids: [tokens], or empty.
             num_ranked: experts to name for each layer and distance.
 
         Returns:
             ids and needs, [tokens, layers, max_distance, num_ranked]: entry [t, l, d - 1] was
-            foreseen at layer l for layer l + d, the most needed first; 0 where there is none.
+            foreseen at layer l for layer l + d, the most needed first; 0 where there is none. With
+            embeddings, what was foreseen from them stands in front of the layers.
         """
         self._move_to_host()
         return self._core.replay(
@@ -311,11 +337,17 @@ class ExpertPredictor:
         self._core.begin_pass(num_sequences, self._rows_kept, kept)
 
 
+def unit_embeddings(embeddings: Tensor) -> Tensor:
+    """[..., hidden] in units of their root mean square, as the norm before a router gives it on."""
+    return functional.rms_norm(embeddings.detach(), embeddings.shape[-1:])
+
+
 def predictor_bytes(
     num_layers: int, num_experts: int, hidden_size: int, max_distance: int, vocabulary: int
 ) -> int:
     """Memory of what `ExpertPredictor.for_model` makes."""
-    num_pairs = sum(min(max_distance, num_layers - 1 - layer) for layer in range(num_layers))
+    # From the embedding and from each layer to those behind it.
+    num_pairs = sum(min(max_distance, behind) for behind in range(num_layers + 1))
     num_features = 2 * hidden_size + num_experts + 16
     num_buckets = min(_MAX_TOKEN_BUCKETS, vocabulary)
     floats_per_expert = num_pairs * num_features + num_layers * (hidden_size + num_buckets)

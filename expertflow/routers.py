@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ FloatArray = NDArray[np.float32]
 class Routers:
     """All routers of a model; contracts of the fields are in csrc/core/predictor."""
 
-    weights: FloatArray  # [layers, experts, hidden]
+    weights: FloatArray | Sequence[Tensor]  # [layers, experts, hidden], or each layer's own
     top_k: int
     biases: FloatArray | None = None  # [layers, experts], of the logits
     corrections: FloatArray | None = None  # [layers, experts], of sigmoid scores
@@ -27,9 +28,15 @@ class Routers:
     num_groups: int = 1
     top_groups: int = 1
 
+    def stacked_weights(self) -> FloatArray:
+        """Return `weights` as one array: a copy, if they are each layer's own."""
+        return self.weights if isinstance(self.weights, np.ndarray) else _stack(self.weights)
+
 
 def find_routers(model: nn.Module) -> Routers:
     """Read the routers of a transformers model of one of our families, streamed or not.
+
+    Their weights are the model's own tensors.
 
     Raises UnsupportedModelError where the router beside the experts is not one that we know.
     """
@@ -45,7 +52,7 @@ def find_routers(model: nn.Module) -> Routers:
     has_groups = getattr(first, "topk_method", "group_limited_greedy") == "group_limited_greedy"
     num_groups = (getattr(first, "num_group", None) or 1) if has_groups else 1
     return Routers(
-        weights=_stack([router.weight for router in routers]),
+        weights=[router.weight for router in routers],
         top_k=int(first.top_k),
         biases=_stack_or_none([getattr(router, "bias", None) for router in routers]),
         corrections=_stack_or_none(corrections),
@@ -68,7 +75,7 @@ def router_beside(model: nn.Module, experts_name: str) -> Any:
     )
 
 
-def _stack(tensors: list[Any]) -> FloatArray:
+def _stack(tensors: Sequence[Tensor]) -> FloatArray:
     stacked: FloatArray = torch.stack([t.detach().float().cpu() for t in tensors]).numpy()
     return stacked
 

@@ -68,6 +68,7 @@ class Simulation:
         self._trace, self._machine, self._warmup_tokens = trace, machine, warmup_tokens
         self._num_slots = cache.num_slots
         self._need_q16 = _fixed_point(trace.predicted_need)
+        self._first_need_q16 = _fixed_point(trace.first_predicted_need)
         self._counts = functools.lru_cache(maxsize=None)(self._simulate)
 
     @property
@@ -126,6 +127,8 @@ class Simulation:
             num_experts=trace.num_experts,
             predicted_ids=trace.predicted_ids,
             predicted_need_q16=self._need_q16,
+            first_predicted_ids=trace.first_predicted_ids,
+            first_predicted_need_q16=self._first_need_q16,
             policy=OURS if policy == "ours" else policy,
             predictor=predictor,
             horizon=_core.AUTO_HORIZON if horizon is None else horizon,

@@ -47,6 +47,7 @@ class StreamedModel:
     expert_parameters: frozenset[str] = frozenset()  # names that the experts have elsewhere
     predictor: ExpertPredictor | None = None  # of what to prefetch
     _routing_hooks: tuple[Any, ...] = ()  # of biased routing
+    _embedding_hook: Any = None  # of the predictor
     sizes: ModelSizes
     pool: str  # "ram" or "file"
     ram_limit: str | float | int | None = None  # as given to from_pretrained
@@ -111,11 +112,32 @@ class StreamedModel:
     def set_predictor(self, predictor: ExpertPredictor | None) -> None:
         """Prefetch what `predictor` foresees; None prefetches nothing."""
         self.predictor = predictor
+        if self._embedding_hook is not None:
+            self._embedding_hook.remove()
+            self._embedding_hook = None
+        if predictor is not None:
+            embedding = self.get_input_embeddings()  # type: ignore[attr-defined]
+            self._embedding_hook = embedding.register_forward_hook(self._begin_token)
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamedExperts):
                 module.predictor = predictor
         if predictor is None:  # and the cache forgets which layers' misses prefetch had hidden
             self.expert_cache.set_horizon(self.expert_cache.chosen_horizon)
+
+    def _begin_token(self, embedding: Any, arguments: Any, embeddings: torch.Tensor) -> None:
+        """The hook of the input embeddings, from which the first layers are foreseen.
+
+        Without it, as with inputs_embeds, nothing foresees them.
+        """
+        predictor, cache = self.predictor, self.expert_cache
+        if torch.compiler.is_compiling() or predictor is None:
+            return
+        is_pass = embeddings.dim() == 3 and embeddings.shape[-1] == predictor.hidden_size
+        if not is_pass or embeddings.numel() == 0:
+            return
+        with cache.lock:
+            horizon = cache.begin_token(embeddings.shape[0] * embeddings.shape[1])
+            cache.prefetch_predicted(predictor.foresee_token(embeddings, horizon))
 
     def set_routing(self, routing: str | BiasedRouting) -> None:
         """Route exactly with "exact", or in favour of the cache with a `BiasedRouting`.
@@ -160,8 +182,7 @@ class StreamedModel:
         """Memory that the model takes now. A slot takes none before its first expert arrives."""
         old = self.expert_cache
         size = CacheSize(self.sizes, old.num_slots, self.pool, old.policy, old.scope)
-        num_filled = sum(weights is not None for weights in old._slot_weights)
-        filled_bytes = min(num_filled * self.sizes.slot_bytes, size.cache_bytes)
+        filled_bytes = min(old.slots.num_used * self.sizes.slot_bytes, size.cache_bytes)
         return size.pool_bytes + filled_bytes + self.sizes.other_bytes
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,9 @@
   `l` for layer `l + 1 + i` at distance index `i`, the most probable first
 - `predicted_need`, float16, of the same shape, with `predicted_ids`: the probability that each is
   needed, 0 where there is no such layer
+- `first_predicted_ids` `[tokens, distances, m]` and `first_predicted_need` of that shape, optional,
+  with `predicted_ids`, whose distances and candidates they have: what was foreseen for layer `i`
+  once the token's id was known
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAX_EXPERTS = 1 << 16  # ids are held in 16 bits
+_PREDICTED_AXES = ("token", "layer", "distance", "candidate")
+_FIRST_AXES = ("token", "distance", "candidate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class Trace:
     weights: NDArray[Any] | None = None
     predicted_ids: NDArray[np.uint16] | None = None
     predicted_need: NDArray[np.float16] | None = None
+    first_predicted_ids: NDArray[np.uint16] | None = None
+    first_predicted_need: NDArray[np.float16] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,15 +63,26 @@ class Trace:
         if num_tokens >= self.num_tokens:
             return self
         inside = self.sequence_offsets[self.sequence_offsets < num_tokens]
+        return self.part(slice(num_tokens), np.append(inside, np.int64(num_tokens)))
+
+    def part(self, tokens: slice, sequence_offsets: NDArray[np.int64] | None = None) -> Trace:
+        """Some of the tokens, without a copy: as one sequence, unless offsets are given."""
+
+        def of(array: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if array is None else array[tokens]
+
+        expert_ids = self.expert_ids[tokens]
+        if sequence_offsets is None:
+            sequence_offsets = np.array([0, len(expert_ids)], np.int64)
         return Trace(
-            expert_ids=self.expert_ids[:num_tokens],
+            expert_ids=expert_ids,
             num_experts=self.num_experts,
-            sequence_offsets=np.append(inside, np.int64(num_tokens)),
-            weights=None if self.weights is None else self.weights[:num_tokens],
-            predicted_ids=None if self.predicted_ids is None else self.predicted_ids[:num_tokens],
-            predicted_need=None
-            if self.predicted_need is None
-            else self.predicted_need[:num_tokens],
+            sequence_offsets=sequence_offsets,
+            weights=of(self.weights),
+            predicted_ids=of(self.predicted_ids),
+            predicted_need=of(self.predicted_need),
+            first_predicted_ids=of(self.first_predicted_ids),
+            first_predicted_need=of(self.first_predicted_need),
         )
 
 
@@ -100,6 +118,9 @@ def save_trace(path: str | os.PathLike[str], trace: Trace) -> None:
     if trace.predicted_ids is not None and trace.predicted_need is not None:
         arrays["predicted_ids"] = trace.predicted_ids.astype(id_type)
         arrays["predicted_need"] = trace.predicted_need
+    if trace.first_predicted_ids is not None and trace.first_predicted_need is not None:
+        arrays["first_predicted_ids"] = trace.first_predicted_ids.astype(id_type)
+        arrays["first_predicted_need"] = trace.first_predicted_need
     make_trace(arrays)
     part = path.with_name(path.name + ".part")
     try:
@@ -126,7 +147,15 @@ def make_trace(arrays: Mapping[str, Any]) -> Trace:
             f"{num_experts}"
         )
     offsets = _offsets(np.asarray(arrays["sequence_offsets"]), expert_ids.shape[0])
-    predicted_ids, predicted_need = _predictions(arrays, expert_ids.shape[:2], num_experts)
+    tokens_and_layers = expert_ids.shape[:2]
+    predicted_ids, predicted_need = _predictions(
+        arrays, "predicted", _PREDICTED_AXES, tokens_and_layers, num_experts
+    )
+    first_ids, first_need = _predictions(
+        arrays, "first_predicted", _FIRST_AXES, tokens_and_layers[:1], num_experts
+    )
+    if first_ids is not None:
+        _check_fits(first_ids, predicted_ids)
     return Trace(
         expert_ids=expert_ids,
         num_experts=num_experts,
@@ -134,6 +163,8 @@ def make_trace(arrays: Mapping[str, Any]) -> Trace:
         weights=_weights(arrays, expert_ids.shape),
         predicted_ids=predicted_ids,
         predicted_need=predicted_need,
+        first_predicted_ids=first_ids,
+        first_predicted_need=first_need,
     )
 
 
@@ -215,28 +246,39 @@ def _weights(arrays: Mapping[str, Any], shape: tuple[int, ...]) -> NDArray[Any] 
 
 
 def _predictions(
-    arrays: Mapping[str, Any], tokens_and_layers: tuple[int, ...], num_experts: int
+    arrays: Mapping[str, Any],
+    name: str,
+    axes: tuple[str, ...],
+    leading: tuple[int, ...],
+    num_experts: int,
 ) -> tuple[NDArray[np.uint16] | None, NDArray[np.float16] | None]:
-    if ("predicted_ids" in arrays) != ("predicted_need" in arrays):
-        raise ValueError("predicted_ids and predicted_need must come together")
-    if "predicted_ids" not in arrays:
+    """The arrays NAME_ids and NAME_need, whose first axes are those of expert_ids."""
+    if (f"{name}_ids" in arrays) != (f"{name}_need" in arrays):
+        raise ValueError(f"{name}_ids and {name}_need must come together")
+    if f"{name}_ids" not in arrays:
         return None, None
-    ids = _ids(arrays, "predicted_ids", ("token", "layer", "distance", "candidate"), num_experts)
-    if ids.shape[:2] != tokens_and_layers:
-        raise ValueError(
-            f"predicted_ids is of {ids.shape[0]} tokens and {ids.shape[1]} layers, but expert_ids "
-            f"of {tokens_and_layers[0]} and {tokens_and_layers[1]}"
-        )
-    need = np.asarray(arrays["predicted_need"])
-    _check_float(need, "predicted_need", ids.shape)
+    ids = _ids(arrays, f"{name}_ids", axes, num_experts)
+    for axis, found, expected in zip(axes, ids.shape, leading, strict=False):
+        if found != expected:
+            raise ValueError(f"{name}_ids is of {found} {axis}s, but expert_ids of {expected}")
+    need = np.asarray(arrays[f"{name}_need"])
+    _check_float(need, f"{name}_need", ids.shape)
     outside = ~((need >= 0) & (need <= 1))
     if outside.any():
-        token, layer, distance, candidate = np.unravel_index(int(outside.argmax()), need.shape)
-        raise ValueError(
-            f"predicted_need at token {token}, layer {layer}, distance {distance}, candidate "
-            f"{candidate} is {need[token, layer, distance, candidate]}, not in [0, 1]"
-        )
+        place = np.unravel_index(int(outside.argmax()), need.shape)
+        where = ", ".join(f"{axis} {int(i)}" for axis, i in zip(axes, place, strict=True))
+        raise ValueError(f"{name}_need at {where} is {need[place]}, not in [0, 1]")
     return ids, need.astype(np.float16, copy=False)
+
+
+def _check_fits(first_ids: NDArray[Any], predicted_ids: NDArray[Any] | None) -> None:
+    if predicted_ids is None:
+        raise ValueError("first_predicted_ids is there, but predicted_ids is missing")
+    if first_ids.shape[1:] != predicted_ids.shape[2:]:
+        raise ValueError(
+            f"first_predicted_ids has distances and candidates {list(first_ids.shape[1:])}, but "
+            f"predicted_ids {list(predicted_ids.shape[2:])}"
+        )
 
 
 def _check_float(array: NDArray[Any], name: str, shape: tuple[int, ...]) -> None:

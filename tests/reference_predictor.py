@@ -85,7 +85,10 @@ class Pair:
 
 
 class ReferencePredictor:
-    """Takes whole passes: [rows, layers, hidden] of one sequence, and one token id a row."""
+    """Takes whole passes: [rows, layers, hidden] of one sequence, and one token id a row.
+
+    With embeddings [rows, hidden] it foresees from these as well, as if from a layer -1.
+    """
 
     def __init__(self, weights, rule, max_distance, num_buckets, biases=None, corrections=None):
         self.router, self.rule, self.max_distance = weights, rule, max_distance
@@ -95,7 +98,7 @@ class ReferencePredictor:
         self.num_features = -(-used // 16) * 16
         self.pairs = {
             (layer, distance): Pair(np.zeros((self.num_experts, self.num_features)))
-            for layer in range(self.num_layers)
+            for layer in range(-1, self.num_layers)
             for distance in range(1, max_distance + 1)
             if layer + distance < self.num_layers
         }
@@ -123,52 +126,59 @@ class ReferencePredictor:
         x[2 * size + self.num_experts] = 0.1
         return x
 
-    def run_pass(self, hidden, tokens):
+    def run_pass(self, hidden, tokens, embeddings=None):
         """Return the need that was foreseen: {(layer, distance): [experts]}, over all rows."""
         foreseen, bases = {}, {}
         rows = range(len(hidden))
-        for layer in range(self.num_layers):
+        states = {layer: hidden[:, layer] for layer in range(self.num_layers)}
+        if embeddings is not None:
+            states = {-1: embeddings} | states
+        for layer, seen in states.items():
             for distance in range(1, self.max_distance + 1):
                 if (layer, distance) in self.pairs:
-                    bases[layer, distance] = [self._base(layer, distance, h) for h in hidden]
+                    bases[layer, distance] = [self._base(layer, distance, h) for h in seen]
                     needs = [
                         self._need(
-                            layer, distance, hidden, row, bases[layer, distance][row], tokens
+                            layer, distance, seen[row], row, bases[layer, distance][row], tokens
                         )
                         for row in rows
                     ]
                     foreseen[layer, distance] = 1 - np.prod([1 - need for need in needs], axis=0)
+            if layer < 0:
+                continue
             for row in rows:
-                self._learn(layer, row, hidden, bases, tokens)
-            self.previous[layer] = hidden[-1, layer] / np.linalg.norm(hidden[-1, layer])
+                self._learn(layer, row, states, bases, tokens)
+            self.previous[layer] = seen[-1] / np.linalg.norm(seen[-1])
         return foreseen
 
-    def _base(self, layer, distance, states):
-        margins, own = self.margins(layer + distance, states[layer])
+    def _base(self, layer, distance, h):
+        margins, own = self.margins(layer + distance, h)
         seen = self.deviation[layer + distance]
         return margins / (seen if seen > 0 else own)
 
-    def _need(self, layer, distance, hidden, row, base, tokens):
+    def _need(self, layer, distance, h, row, base, tokens):
         target = layer + distance
         previous = self.previous[target] if row == 0 else np.zeros(self.hidden)
         token = None if tokens is None else tokens[row]
-        x = self.features(hidden[row, layer], previous, target, token)
+        x = self.features(h, previous, target, token)
         pair = self.pairs[layer, distance]
         return pair.need(pair.score(x, base))
 
-    def _learn(self, layer, row, hidden, bases, tokens):
-        margins, own = self.margins(layer, hidden[row, layer])
+    def _learn(self, layer, row, states, bases, tokens):
+        margins, own = self.margins(layer, states[layer][row])
         self.seen[layer] += 1
         rate = max(0.01, 1 / self.seen[layer])
         self.deviation[layer] += rate * (own - self.deviation[layer])
         targets = sigmoid(margins / (TAU * self.deviation[layer]))
-        before = hidden[row - 1, layer]
+        before = states[layer][row - 1]
         previous = self.previous[layer] if row == 0 else before / np.linalg.norm(before)
         token = None if tokens is None else tokens[row]
-        for distance in range(1, min(self.max_distance, layer) + 1):
+        for distance in range(1, self.max_distance + 1):
+            if layer - distance not in states:
+                continue
             pair = self.pairs[layer - distance, distance]
             base = bases[layer - distance, distance][row]
-            x = self.features(hidden[row, layer - distance], previous, layer, token)
+            x = self.features(states[layer - distance][row], previous, layer, token)
             scores = pair.score(x, base)
             pair.calibrate(scores, margins > 0)
             pair.learn(x, base, targets, scores)

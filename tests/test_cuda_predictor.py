@@ -6,6 +6,7 @@ import torch
 from reference_predictor import ReferencePredictor
 from test_predictor import RULES, random_routers, residual_stream
 
+from expertflow._core import TOKEN_START
 from expertflow.device_predictor import DevicePredictor
 from expertflow.predictor import ExpertPredictor
 
@@ -23,23 +24,32 @@ def on_device(rule, max_distance=3):
     return DevicePredictor(host, CUDA, HIDDEN), host, routers
 
 
+@pytest.mark.parametrize("with_embeddings", [True, False])
 @pytest.mark.parametrize("with_tokens", [True, False])
 @pytest.mark.parametrize("name", RULES)
-def test_agrees_with_the_formulas(name, with_tokens):
+def test_agrees_with_the_formulas(name, with_tokens, with_embeddings):
     rule = RULES[name]
     predictor, host, routers = on_device(rule)
     reference = ReferencePredictor(routers.weights, rule, 3, 5, routers.biases, routers.corrections)
     tokens = np.random.default_rng(2).integers(0, 20, 80)
     for row, states in enumerate(residual_stream(80, hidden=HIDDEN)):
         ids = tokens[row : row + 1] if with_tokens else None
-        theirs = reference.run_pass(states[None].astype(np.float64), ids)
+        embedding = 2 * states[0] - states[1]
+        seen = dict(enumerate(states))
+        if with_embeddings:
+            seen = {TOKEN_START: embedding} | seen
+        theirs = reference.run_pass(
+            states[None].astype(np.float64), ids, embedding[None] if with_embeddings else None
+        )
         predictor.begin_pass(torch.tensor(ids[0]) if with_tokens else None)
-        for layer, state in enumerate(torch.from_numpy(states).to(CUDA)):
+        for layer, values in seen.items():
+            state = torch.from_numpy(values).to(CUDA)
             predictor.observe(layer, state[None])
             for distance in range(1, predictor.num_distances + 1):
                 found, expected = predictor.need(distance), theirs[layer, distance]
                 np.testing.assert_allclose(found, expected, atol=5e-4, err_msg=f"{row} {layer}")
-            predictor.learn(layer)
+            if layer >= 0:
+                predictor.learn(layer)
     predictor.copy_to(host)
     for index, pair in enumerate(reference.pairs.values()):
         np.testing.assert_allclose(host.state["weights"][index], pair.weights, atol=5e-4)

@@ -54,7 +54,7 @@ def test_experts_are_converted_while_they_are_read(qwen_path, dtype):
     assert model.dtype == reference.dtype
     stored = reference.model.layers[2].mlp.experts
     experts = model.model.layers[2].mlp.experts
-    slots = [model.expert_cache.slot_weights(8 + expert) for expert in range(experts.num_experts)]
+    slots = [model.expert_cache.slots.weights(8 + expert) for expert in range(experts.num_experts)]
     for name in experts.segment_shapes:
         assert torch.equal(torch.stack([slot[name] for slot in slots]), getattr(stored, name))
     check_same(model.float() if dtype == "float32" else model, reference, 5e-2)

@@ -92,7 +92,7 @@ def test_plan_wait_release(experts):
     assert rows[:, ops.NEXT_ROW].tolist() == [2, ops.NO_ROW, ops.NO_ROW]
     for row, (expert, slot) in enumerate(rows[:, [ops.EXPERT, ops.SLOT]].tolist()):
         ops.wait(cache.handle, row)
-        found = cache.slot_weights(slot)
+        found = cache.slots.weights(slot)
         for role, weights in experts.weights.items():
             assert torch.equal(found[role], weights[1, expert])
         ops.release(cache.handle, row)

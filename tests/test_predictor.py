@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 from tiny_models import FAMILIES, make_model
 
 from expertflow import CheckpointError
+from expertflow._core import TOKEN_START
 from expertflow.predictor import ExpertPredictor
 from expertflow.routers import Routers, find_routers
 
@@ -42,22 +43,24 @@ def residual_stream(tokens, layers=5, hidden=12, seed=1):
     return steps.cumsum(1).astype(np.float32)
 
 
-def run_pass(core, hidden, tokens):
+def run_pass(core, hidden, tokens, embeddings=None):
     """A pass over [rows, layers, hidden] of one sequence; the need foreseen, as the reference."""
     core.begin_pass(1, len(hidden), [] if tokens is None else tokens)
     foreseen = {}
-    for layer in range(hidden.shape[1]):
-        core.observe(layer, hidden[:, layer])
+    for layer in range(0 if embeddings is None else TOKEN_START, hidden.shape[1]):
+        core.observe(layer, hidden[:, layer] if layer >= 0 else embeddings)
         core.predict(layer)
         for distance in range(1, core.num_distances + 1):
             foreseen[layer, distance] = core.need(distance)
-        core.learn(layer)
+        if layer >= 0:
+            core.learn(layer)
     return foreseen
 
 
+@pytest.mark.parametrize("with_embeddings", [True, False])
 @pytest.mark.parametrize("with_tokens", [True, False])
 @pytest.mark.parametrize("name", RULES)
-def test_agrees_with_the_formulas(name, with_tokens):
+def test_agrees_with_the_formulas(name, with_tokens, with_embeddings):
     rule, routers = RULES[name], random_routers(RULES[name])
     ours = ExpertPredictor(routers, max_distance=3, num_token_buckets=5)
     reference = ReferencePredictor(routers.weights, rule, 3, 5, routers.biases, routers.corrections)
@@ -67,8 +70,11 @@ def test_agrees_with_the_formulas(name, with_tokens):
     for rows in [1, 1, 4, 1, 7, *[1] * 20, 6, *[1] * 20]:
         part = slice(start, start + rows)
         ids = None if tokens is None else tokens[part]
-        theirs = reference.run_pass(hidden[part].astype(np.float64), ids)
-        for place, need in run_pass(ours._core, hidden[part], ids).items():
+        embeddings = 2 * hidden[part, 0] - hidden[part, 1] if with_embeddings else None
+        theirs = reference.run_pass(hidden[part].astype(np.float64), ids, embeddings)
+        foreseen = run_pass(ours._core, hidden[part], ids, embeddings)
+        assert ((TOKEN_START, 3) in foreseen) == with_embeddings
+        for place, need in foreseen.items():
             np.testing.assert_allclose(need, theirs[place], atol=2e-4, err_msg=str(place))
         start += rows
     weights = ours._core.state["weights"]

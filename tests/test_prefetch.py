@@ -70,6 +70,39 @@ def test_tokens_of_each_pass_are_known(predicting):
     assert counts[0].sum() == len(generated)
 
 
+def first_layer_prefetches(model):
+    """Bytes that were fetched ahead for layer 0, the others' weights being of no use for it."""
+    return model.expert_cache.statistics()["layers"][0]["prefetch_bytes"]
+
+
+def test_first_layers_are_foreseen_from_the_embedding(predicting):
+    model = predicting("qwen3_moe", CacheOptions("50%"))
+    model.expert_cache.set_horizon(1)
+    generate(model, token_ids(5), 6)
+    assert first_layer_prefetches(model) > 0
+    weights = model.predictor._core.state["weights"]
+    assert weights[:3].any(axis=(1, 2)).all(), "each distance from the embedding has learned"
+    model.set_predictor(None)
+    model.expert_cache.reset_statistics()
+    generate(model, token_ids(5), 6)
+    assert first_layer_prefetches(model) == 0
+
+
+def test_embeddings_instead_of_ids_and_prompts_are_not_foreseen(predicting):
+    model = predicting("qwen3_moe", CacheOptions("50%"))
+    model.expert_cache.set_horizon(1)
+    ids = token_ids(3)["input_ids"]
+    expected = logits(model, token_ids(3))
+    embeddings = model.get_input_embeddings().weight[ids]  # without a call of the module
+    model.expert_cache.reset_statistics()
+    with torch.no_grad():
+        found = model(inputs_embeds=embeddings).logits
+    assert same_bits([found], [expected])
+    assert first_layer_prefetches(model) == 0
+    logits(model, token_ids(30))
+    assert first_layer_prefetches(model) == 0
+
+
 def test_a_compiled_model_prefetches_too(predicting):
     model = predicting("qwen3_moe", CacheOptions("50%"))
     model.expert_cache.set_horizon(2)

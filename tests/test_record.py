@@ -41,6 +41,13 @@ def test_predictions_name_the_layer_they_are_for(tiny_streamed):
     trace = record(streamed, torch.arange(100) % 5 + 2, predictions=True)
     ids, need = trace.predicted_ids, trace.predicted_need
     tokens, layers, top_k = trace.expert_ids.shape
+    first_ids, first_need = trace.first_predicted_ids, trace.first_predicted_need
+    assert first_ids.shape == first_need.shape == (tokens, 8, 2 * top_k)
+    assert not first_need[:, layers:].any()
+    for layer in range(layers):
+        assert (first_need[:, layer, :-1] >= first_need[:, layer, 1:]).all()
+        found = first_ids[80:, layer, :top_k, None] == trace.expert_ids[80:, layer, None]
+        assert found.any(-1).mean() > 0.8
     assert ids.shape == need.shape == (tokens, layers, 8, 2 * top_k)
     assert need.dtype == np.float16
     for layer in range(layers):
@@ -76,6 +83,8 @@ def test_command_writes_a_trace(tmp_path, capsys):
             "num_experts",
             "predicted_ids",
             "predicted_need",
+            "first_predicted_ids",
+            "first_predicted_need",
         }
         assert trace["expert_ids"].shape == (40, 8, 2)
         assert trace["expert_ids"].dtype == np.uint8

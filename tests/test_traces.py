@@ -9,6 +9,11 @@ from expertflow.traces import Trace, load_trace, make_trace, save_trace
 
 TOKENS, LAYERS, TOP_K, EXPERTS, DISTANCES, CANDIDATES = 10, 3, 2, 8, 2, 4
 
+FIRST_SHAPE = (TOKENS, DISTANCES, CANDIDATES)
+PREDICTIONS = (
+    "predicted_ids", "predicted_need", "first_predicted_ids", "first_predicted_need"
+)  # fmt: skip
+
 
 def arrays(**changes):
     random = np.random.default_rng(1)
@@ -20,6 +25,8 @@ def arrays(**changes):
         "weights": random.random((TOKENS, LAYERS, TOP_K)).astype(np.float16),
         "predicted_ids": random.integers(0, EXPERTS, shape).astype(np.uint8),
         "predicted_need": random.random(shape).astype(np.float16),
+        "first_predicted_ids": random.integers(0, EXPERTS, FIRST_SHAPE).astype(np.uint8),
+        "first_predicted_need": random.random(FIRST_SHAPE).astype(np.float16),
     }
     whole |= changes
     return {name: value for name, value in whole.items() if value is not None}
@@ -40,7 +47,7 @@ def save(path: Path, **changes) -> Path:
 def same(a: Trace, b: Trace) -> bool:
     return all(
         np.array_equal(getattr(a, name), getattr(b, name))
-        for name in ("expert_ids", "sequence_offsets", "weights", "predicted_ids", "predicted_need")
+        for name in ("expert_ids", "sequence_offsets", "weights", *PREDICTIONS)
     )
 
 
@@ -54,12 +61,10 @@ def test_reads_what_was_saved(tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32, np.int64])
 def test_reads_any_integer_ids_and_only_what_is_required(tmp_path, dtype):
     ids = arrays()["expert_ids"].astype(dtype)
-    path = save(
-        tmp_path / "t.npz", expert_ids=ids, weights=None, predicted_ids=None, predicted_need=None
-    )
+    path = save(tmp_path / "t.npz", expert_ids=ids, weights=None, **dict.fromkeys(PREDICTIONS))
     trace = load_trace(path)
     assert np.array_equal(trace.expert_ids, ids)
-    assert trace.predicted_ids is None
+    assert trace.predicted_ids is None and trace.first_predicted_ids is None
     assert (trace.num_tokens, trace.num_layers, trace.top_k) == (TOKENS, LAYERS, TOP_K)
 
 
@@ -76,7 +81,8 @@ def test_head_keeps_the_sequences_that_it_has():
     head = make_trace(arrays()).head(6)
     assert head.num_tokens == 6
     assert list(head.sequence_offsets) == [0, 4, 6]
-    assert len(head.weights) == len(head.predicted_ids) == len(head.predicted_need) == 6
+    assert len(head.weights) == 6
+    assert all(len(getattr(head, name)) == 6 for name in PREDICTIONS)
     assert list(make_trace(arrays()).head(4).sequence_offsets) == [0, 4]
     assert make_trace(arrays()).head(1000).num_tokens == TOKENS
 
@@ -128,11 +134,28 @@ def test_head_keeps_the_sequences_that_it_has():
         (with_value("predicted_need", (0, 0, 0, 0), 1.5), "predicted_need .* is 1.5"),
         (
             {"predicted_ids": np.zeros((TOKENS, 4, 2, 4), np.uint8)},
-            "predicted_ids is of 10 tokens and 4 layers, but expert_ids of 10 and 3",
+            "predicted_ids is of 4 layers, but expert_ids of 3",
         ),
         (
             {"predicted_need": np.zeros((TOKENS, 3, 2, 3), np.float16)},
             r"predicted_need must have shape \[10, 3, 2, 4\]",
+        ),
+        ({"first_predicted_ids": None}, "first_predicted_ids .* must come together"),
+        (
+            with_value("first_predicted_ids", (3, 1, 2), 8),
+            "first_predicted_ids at token 3, distance 1, candidate 2 is 8",
+        ),
+        (
+            with_value("first_predicted_need", (9, 1, 3), -1),
+            "first_predicted_need at token 9, distance 1, candidate 3 is -1",
+        ),
+        ({"predicted_ids": None, "predicted_need": None}, "predicted_ids is missing"),
+        (
+            {
+                "first_predicted_ids": np.zeros((TOKENS, 3, 4), np.uint8),
+                "first_predicted_need": np.zeros((TOKENS, 3, 4), np.float16),
+            },
+            r"first_predicted_ids has distances and candidates \[3, 4\], but .* \[2, 4\]",
         ),
     ],
 )

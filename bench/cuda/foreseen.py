@@ -26,13 +26,13 @@ def last_tokens(trace: Trace, count: int) -> Trace:
         raise ValueError(f"the trace has {trace.num_tokens} tokens, not {count}")
     if trace.predicted_ids is None or trace.predicted_need is None:
         raise ValueError("the trace holds no predictions: record it with --predictions")
+    # Neither the measured run nor the simulated one foresees a token's first layers: on a GPU the
+    # predictor begins with layer 0.
     return replace(
-        trace,
-        expert_ids=trace.expert_ids[-count:],
-        sequence_offsets=np.array([0, count]),
+        trace.part(slice(trace.num_tokens - count, None)),
         weights=None,
-        predicted_ids=trace.predicted_ids[-count:],
-        predicted_need=trace.predicted_need[-count:],
+        first_predicted_ids=None,
+        first_predicted_need=None,
     )
 
 

@@ -6,9 +6,10 @@ import time
 from dataclasses import replace
 from typing import Protocol
 
-import decode
 import numpy as np
 import torch
+from decode_bounds import raw_bandwidth
+from decode_model import DEVICE, Decoder, Layer, Shape, captured
 
 from expertflow import ExpertCache, _core, ops
 from expertflow.link_profiles import LinkProfile
@@ -42,7 +43,7 @@ class GpuLoad:
     demand_chunk_bytes = 24 << 20  # what the cache demands at a time from a pinned pool
 
     def __init__(self, trace: Trace, context: int) -> None:
-        shape = decode.Shape(
+        shape = Shape(
             "docs-moe-12x32 at DeepSeek-V2-Lite's sizes",
             "",
             *(trace.num_layers, trace.num_experts, trace.top_k, 2048, 1408, 16, 16, 192),
@@ -50,7 +51,7 @@ class GpuLoad:
             shared=2816,
             context=context,
         )
-        self.decoder = decode.Decoder(shape, trace.expert_ids)
+        self.decoder = Decoder(shape, trace.expert_ids)
         self.expert_bytes: int = self.decoder.layout.slot_bytes
         self.set_context(context)
 
@@ -58,9 +59,9 @@ class GpuLoad:
         """Make other layers over the same pool, which takes seconds to pin."""
         decoder = self.decoder
         decoder.shape = replace(decoder.shape, context=context)
-        decoder.layers = [decode.Layer(decoder.shape, i) for i in range(decoder.shape.layers)]
+        decoder.layers = [Layer(decoder.shape, i) for i in range(decoder.shape.layers)]
         self.graphs = [
-            decode.captured(lambda layer=layer: decoder.before(layer))
+            captured(lambda layer=layer: decoder.before(layer))
             for layer in range(decoder.shape.layers + 1)
         ]
         self.name = f"{torch.cuda.get_device_name()}, context {context}"
@@ -74,7 +75,7 @@ class GpuLoad:
             *(shape.layers, shape.experts, shape.top_k),
             num_slots=num_slots,
             policy=policy,
-            device=decode.DEVICE,
+            device=DEVICE,
             mlp_hidden=shape.hidden,
         )
 
@@ -96,8 +97,8 @@ class GpuLoad:
         torch.cuda.synchronize()
 
     def link(self) -> LinkProfile:
-        bandwidth = decode.raw_bandwidth(LARGE_COPY_BYTES)
-        latency = CHUNK_BYTES / decode.raw_bandwidth(CHUNK_BYTES) - CHUNK_BYTES / bandwidth
+        bandwidth = raw_bandwidth(LARGE_COPY_BYTES)
+        latency = CHUNK_BYTES / raw_bandwidth(CHUNK_BYTES) - CHUNK_BYTES / bandwidth
         return LinkProfile(bandwidth / 1e9, max(latency, 0.0) * 1e6)
 
 

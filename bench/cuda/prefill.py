@@ -10,7 +10,7 @@ import statistics
 import time
 
 import torch
-from decode import raw_bandwidth
+from decode_bounds import raw_bandwidth
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -60,7 +60,7 @@ def grouped_seconds(cache: ExpertCache, routes: list[torch.Tensor]) -> float:
     """The grouped products alone, with the experts where the cache has them."""
     total = 0.0
     for layer, ids in enumerate(routes):
-        weights = cache.stacked_weights(layer * EXPERTS, (layer + 1) * EXPERTS)
+        weights = cache.slots.stacked_weights(layer * EXPERTS, (layer + 1) * EXPERTS)
         ends = torch.bincount(ids.flatten(), minlength=EXPERTS).cumsum(0, dtype=torch.int32)
         x = torch.randn(ids.numel(), HIDDEN, device=DEVICE, dtype=torch.bfloat16)
         middle = torch.randn(ids.numel(), INTERMEDIATE, device=DEVICE, dtype=torch.bfloat16)

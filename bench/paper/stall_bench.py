@@ -23,7 +23,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from layer_times import load_layer_times
 
 from expertflow.link_profiles import LINK_PROFILES
@@ -111,14 +110,7 @@ def half(trace: Trace, part: str) -> Trace:
     """Half of the tokens, as one sequence: the simulator knows no sequences."""
     middle = trace.num_tokens // 2
     tokens = slice(None, middle) if part == "first" else slice(middle, None)
-    ids, need = trace.predicted_ids, trace.predicted_need
-    return Trace(
-        expert_ids=trace.expert_ids[tokens],
-        num_experts=trace.num_experts,
-        sequence_offsets=np.array([0, len(trace.expert_ids[tokens])]),
-        predicted_ids=None if ids is None else ids[tokens],
-        predicted_need=None if need is None else need[tokens],
-    )
+    return trace.part(tokens)
 
 
 def table(cells: list[Cell]) -> str:

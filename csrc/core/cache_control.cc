@@ -63,6 +63,11 @@ int32_t CacheControl::BeginPrefetch(double bytes_per_second) {
   return prefetcher_.BeginLayer(measured);
 }
 
+int32_t CacheControl::BeginToken(int32_t num_tokens, double now_us) {
+  clock_.BeginToken(now_us);
+  return prefetcher_.BeginToken(num_tokens, clock_.first_us());
+}
+
 int32_t CacheControl::PrefetchPredicted(std::span<const float> need) {
   return prefetcher_.PrefetchNeeded(need, [this](SlotId slot, Tick needed_at) {
     Post(slot, table().slot_expert[Index(slot)], TransferClass::kPrefetch, needed_at);

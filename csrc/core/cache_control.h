@@ -67,6 +67,9 @@ class CacheControl {
   // Takes in what was measured up to the last plan and returns how many layers ahead to predict
   // now; 0: none, as for a prompt. `bytes_per_second` of the link, 0 if not measured yet.
   int32_t BeginPrefetch(double bytes_per_second);
+  // The same at `now_us`, when the embeddings of a pass over `num_tokens` rows are known: its layer
+  // 0 is the first one ahead. Once for a pass, or never.
+  int32_t BeginToken(int32_t num_tokens, double now_us);
   // Then: protects and posts of `need` [distances, num_experts] what pays, see
   // Prefetcher::PrefetchNeeded. Returns how many were posted.
   int32_t PrefetchPredicted(std::span<const float> need);

@@ -9,6 +9,10 @@ void LayerClock::RecordPlan(const Plan& plan, double now_us) {
   if (is_token && plan.layer == layer_ + 1) {
     compute_us_ = std::max(now_us - begin_us_ - stall_us_, 0.0);
   }
+  if (token_us_ && plan.layer == 0 && !plan.streaming) {
+    first_us_ = std::max(now_us - *token_us_, 0.0);
+  }
+  token_us_.reset();
   last_.reset();
   if (is_token && compute_us_ > 0.0) {
     last_ = {.compute_us = compute_us_,

@@ -26,6 +26,11 @@ class LayerClock {
   }
   void RecordMoved(size_t num_bytes) { moved_bytes_ += static_cast<double>(num_bytes); }
 
+  // A token begins. How long it then took until its first layer was planned, the last time that
+  // this was seen: attention and router, and what stands before the first MoE layer. 0: not yet.
+  void BeginToken(double now_us) { token_us_ = now_us; }
+  double first_us() const { return first_us_; }
+
   // A layer is planned at `now_us`; then what was measured since the plan before, if anything.
   void RecordPlan(const Plan& plan, double now_us);
   const std::optional<LayerObservation>& last() const { return last_; }
@@ -34,8 +39,10 @@ class LayerClock {
   bool is_in_tokens_ = false;  // the plan before was not a prompt's
   int32_t layer_ = 0;          // of the plan before, as the next
   double begin_us_ = 0.0;
-  double compute_us_ = 0.0;  // measured last; 0: not yet
-  double stall_us_ = 0.0;    // since the plan before, as the next two
+  double compute_us_ = 0.0;         // measured last; 0: not yet
+  std::optional<double> token_us_;  // that begun since the plan before
+  double first_us_ = 0.0;
+  double stall_us_ = 0.0;  // since the plan before, as the next two
   double late_stall_us_ = 0.0;
   double moved_bytes_ = 0.0;
   std::optional<LayerObservation> last_;

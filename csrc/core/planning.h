@@ -52,11 +52,8 @@ struct Candidate {
 };
 
 // Calls `visit` with an object of the policy's type. The one place that maps kinds to types.
-#ifdef __CUDACC__
-#pragma nv_exec_check_disable  // `visit` may be host code: then only the host calls
-#endif
 template <class Visit>
-EXPERTFLOW_HD inline auto WithPolicy(PolicyKind policy, Visit&& visit) {
+auto WithPolicy(PolicyKind policy, Visit&& visit) {
   switch (policy) {
     case PolicyKind::kDecayedFrequency:
       return visit(DecayedFrequency{});
@@ -80,15 +77,14 @@ EXPERTFLOW_HD inline SlotRange RangeOf(const PlanningView& planning, int32_t lay
   return {layer * quota, (layer + 1) * quota};
 }
 
-EXPERTFLOW_HD inline RowState StateOfRow(const SlotTableView& table, SlotId slot) {
+inline RowState StateOfRow(const SlotTableView& table, SlotId slot) {
   if (slot == SlotId::kNone) return RowState::kMiss;
   return InFlight(table.slot_state[Index(slot)]) ? RowState::kLoading : RowState::kHit;
 }
 
 // Whether a plan or a prefetch at tick `now` may take the slot: never one in flight or of the
 // current plan, nor, if asked to, a predicted one. The kernel's rule is in OwnSlots::RankTile.
-EXPERTFLOW_HD inline bool MayTake(const SlotTableView& table, int32_t slot, Tick now,
-                                  bool spare_predicted) {
+inline bool MayTake(const SlotTableView& table, int32_t slot, Tick now, bool spare_predicted) {
   const bool in_flight = InFlight(table.slot_state[slot]);
   const bool in_plan = table.slot_needed[slot] == now;
   const bool spared = spare_predicted && table.slot_predicted[slot] >= now;
@@ -96,7 +92,7 @@ EXPERTFLOW_HD inline bool MayTake(const SlotTableView& table, int32_t slot, Tick
 }
 
 // The key of an expert that is used at tick `now` and had `key` before.
-EXPERTFLOW_HD inline int64_t KeyOnUse(const PlanningView& planning, int64_t key, Tick now) {
+inline int64_t KeyOnUse(const PlanningView& planning, int64_t key, Tick now) {
   return WithPolicy(planning.policy, [&]<class Policy>(Policy) {
     return Policy::KeyOnUse(planning.eviction, key, now);
   });

@@ -24,6 +24,7 @@ PrefetchScheduler::PrefetchScheduler(const PrefetchConfig& config)
 int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
   horizon_.RecordLayer(layer.compute_us, layer.stall_us, layer.late_stall_us, layer.num_fetched);
   horizon_.Update(layer.bytes_per_second, layer.queued_bytes, !is_paused());
+  missing_us_ = 0.0;
   if (layer.bytes_per_second <= 0.0) return 0;
   transfer_us_ = expert_bytes_ / layer.bytes_per_second * 1e6;
   if (is_paused()) {
@@ -33,6 +34,11 @@ int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
     UpdatePrice();
     PauseIfTooDear();
   }
+  return horizon();
+}
+
+int32_t PrefetchScheduler::BeginToken(double compute_us) {
+  missing_us_ = horizon_.compute_us() - compute_us;
   return horizon();
 }
 
@@ -71,7 +77,7 @@ bool PrefetchScheduler::Expects(const Prediction& prediction) const {
 
 bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead) const {
   const double ahead_us = bytes_ahead / expert_bytes_ * transfer_us_;
-  const double idle_us = prediction.distance * horizon_.compute_us() - ahead_us;
+  const double idle_us = ComputeUntil(prediction.distance) - ahead_us;
   const double hidden_us = std::min(idle_us, transfer_us_);
   const auto need = static_cast<double>(prediction.need);
   return hidden_us > 0.0 && need * hidden_us >= (1.0 - need) * price_ * transfer_us_;
@@ -79,7 +85,7 @@ bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead)
 
 bool PrefetchScheduler::HasTimeFor(double bytes_ahead, int32_t distance) const {
   const double needed_us = (bytes_ahead / expert_bytes_ + 1.0) * transfer_us_;
-  return needed_us <= distance * horizon_.compute_us();
+  return needed_us <= ComputeUntil(distance);
 }
 
 }  // namespace expertflow

@@ -78,6 +78,11 @@ class PrefetchScheduler {
   // Returns how many layers ahead to predict and prefetch now.
   int32_t BeginLayer(const LayerObservation& layer);
 
+  // A token begins whose first layer is planned after `compute_us`, mostly a part of a layer: what
+  // is admitted until the next BeginLayer has that much less time. Learns nothing. Returns the
+  // horizon.
+  int32_t BeginToken(double compute_us);
+
   // Whether the expert, which is resident, should stay until its layer.
   bool Expects(const Prediction& prediction) const;
 
@@ -94,6 +99,9 @@ class PrefetchScheduler {
 
  private:
   bool is_paused() const { return layers_paused_ > 0; }
+  double ComputeUntil(int32_t distance) const {
+    return distance * horizon_.compute_us() - missing_us_;
+  }
   void Record(const LayerObservation& layer);
   void UpdatePrice();
   void PauseIfTooDear();
@@ -112,6 +120,7 @@ class PrefetchScheduler {
   HorizonController horizon_;
   Balance balance_;
   double transfer_us_ = 0.0;  // of one expert; 0: the bandwidth is not known yet
+  double missing_us_ = 0.0;   // to `distance` whole layers, where a token begins
   double price_ = kFirstPrice;
   int64_t layers_paused_ = 0;  // that are still to come
   int64_t next_pause_layers_;

@@ -82,6 +82,15 @@ int32_t Prefetcher::BeginUnmeasuredLayer() {
   return horizon_ = is_fixed() ? chosen_horizon_ : scheduler_.horizon();
 }
 
+// As if the last layer of the token before were planned anew.
+int32_t Prefetcher::BeginToken(int32_t num_tokens, double compute_us) {
+  layer_ = table_.num_layers - 1;
+  is_streaming_ = num_tokens > kMaxDecodeTokens;
+  if (is_streaming_) return horizon_ = 0;
+  if (is_fixed()) return horizon_ = chosen_horizon_;
+  return horizon_ = compute_us > 0.0 ? scheduler_.BeginToken(compute_us) : 0;
+}
+
 int32_t Prefetcher::Prefetch(std::vector<Prediction>& predictions, const Post& post) {
   if (is_fixed()) KeepTopK(predictions);
   const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };

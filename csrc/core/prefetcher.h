@@ -31,6 +31,10 @@ struct PrefetchStatistics {
 //   horizon = BeginLayer(measured)       what to predict for that plan's layer
 //   Prefetch(predictions, post)
 //
+// and where a token's id, and with it its embedding, is known before the plan of its first layer:
+//
+//   horizon = BeginToken(time until that plan); Prefetch(predictions, post)
+//
 // A prediction of distance d is about MoE layer (planned layer + d) modulo the number of layers:
 // past the last layer those of the next token follow. Eviction learns from what the scheduler
 // measures which layers' misses cost most (MissCosts). Allocates nothing after construction, but
@@ -59,6 +63,11 @@ class Prefetcher {
   int32_t BeginLayer(LayerObservation measured);
   // The same where nothing of use was measured: the scheduler learns nothing.
   int32_t BeginUnmeasuredLayer();
+
+  // A pass over `num_tokens` rows begins; `compute_us` pass until its first layer is planned, 0:
+  // that is not known yet. Returns how many layers to predict, layer 0 being of distance 1. Nothing
+  // is measured here: what became of its prefetches is part of what the layers' observations hold.
+  int32_t BeginToken(int32_t num_tokens, double compute_us);
 
   // Protects those of `predictions` that are resident and expected, and posts those that are
   // admitted: the more probable expert first, unless that would make a prefetch late that is needed

@@ -82,7 +82,12 @@ SimulationResult Simulator::result() const {
 
 void Simulator::RunToken() {
   if (step_ == config_.warmup_tokens * trace_.num_layers) ResetCounts();
+  if (predictor_) PrefetchFirstLayers();
   for (int32_t layer = 0; layer < trace_.num_layers; ++layer) RunLayer();
+}
+
+int64_t Simulator::ExpertNs() const {
+  return std::llround(static_cast<double>(config_.layer_time_ns) * config_.expert_share);
 }
 
 void Simulator::ResetCounts() {
@@ -93,9 +98,7 @@ void Simulator::ResetCounts() {
 }
 
 void Simulator::RunLayer() {
-  const int64_t expert_ns =
-      std::llround(static_cast<double>(config_.layer_time_ns) * config_.expert_share);
-  now_ns_ += config_.layer_time_ns - expert_ns;
+  now_ns_ += config_.layer_time_ns - ExpertNs();
   transfers_.AdvanceTo(now_ns_);
   std::ranges::copy(trace_.experts(step_), routed_.begin());
   const int32_t layer = trace_.LayerOf(step_);
@@ -165,6 +168,19 @@ void Simulator::Prefetch(const Plan& plan) {
   counts_.horizon_sum += horizon;
   predictions_.clear();
   predictor_->Predict(step_, horizon, predictions_);
+  PostPredicted();
+}
+
+void Simulator::PrefetchFirstLayers() {
+  transfers_.AdvanceTo(now_ns_);
+  const int64_t until_plan_ns = config_.layer_time_ns - ExpertNs();
+  const int32_t horizon = prefetcher_.BeginToken(1, static_cast<double>(until_plan_ns) * 1e-3);
+  predictions_.clear();
+  predictor_->PredictToken(step_, horizon, predictions_);
+  PostPredicted();
+}
+
+void Simulator::PostPredicted() {
   prefetcher_.Prefetch(predictions_, [this](SlotId slot, Tick needed_at) {
     if (next_uses_) RankByNextUse(slot);
     transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
@@ -172,8 +188,7 @@ void Simulator::Prefetch(const Plan& plan) {
 }
 
 void Simulator::ComputeExperts(const Plan& plan) {
-  const int64_t expert_ns =
-      std::llround(static_cast<double>(config_.layer_time_ns) * config_.expert_share);
+  const int64_t expert_ns = ExpertNs();
   const auto num_rows = static_cast<int64_t>(plan.rows.size());
   for (int64_t r = 0; r < num_rows; ++r) {
     const PlanRow row = plan.rows[static_cast<size_t>(r)];

@@ -81,7 +81,10 @@ class Simulator {
   const Plan& PlanLayer(int32_t layer);
   void PostMisses(const Plan& plan);
   LayerObservation Observe();
+  void PrefetchFirstLayers();
   void Prefetch(const Plan& plan);
+  void PostPredicted();
+  int64_t ExpertNs() const;
   void ComputeExperts(const Plan& plan);
   void RankByNextUse(SlotId slot);
   void ResetCounts();

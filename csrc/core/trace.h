@@ -14,6 +14,10 @@ struct RecordedPredictions {
   int32_t num_candidates = 0;
   const uint16_t* expert_ids = nullptr;  // [tokens, layers, distances, candidates]
   const uint16_t* need_q16 = nullptr;    // the same shape: probability of need * 65535
+  // What it foresaw of the first layers once the token's id was known, [tokens, distances,
+  // candidates], distance 1 being layer 0. nullptr: this was not recorded.
+  const uint16_t* first_expert_ids = nullptr;
+  const uint16_t* first_need_q16 = nullptr;
 };
 
 // Recorded routing, one token after the other: a view, the caller keeps the arrays. A step is one

@@ -1,20 +1,18 @@
 #include "cuda/device_predictor.h"
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/cuda_error.h"
 #include "cuda/device_guard.h"
+#include "cuda/mapped_word.h"
 
 namespace expertflow {
 namespace {
 
 using predictor::kMaxDistance;
 using predictor::kMaxExperts;
-
-constexpr uint32_t kSpinsBetweenChecks = 1 << 16;
 
 int CurrentDevice() {
   int device;
@@ -54,7 +52,7 @@ DevicePredictor::DevicePredictor(const Predictor& host, const Options& options)
       first_pair_(host.state().first_pair),
       state_(host, options.list_size),
       launch_(PreparePredictor(state_.router_dtype())),
-      observed_pass_(static_cast<size_t>(config_.num_layers), -1) {
+      observed_pass_(predictor::SourceOf(config_.num_layers), -1) {
   if (!options.publishes_need) return;
   const size_t num_needs = static_cast<size_t>(config_.max_distance) * host.state().num_experts;
   host_.emplace(kMaxDistance * sizeof(uint64_t) + num_needs * sizeof(float));
@@ -86,26 +84,26 @@ void DevicePredictor::JoinLearning(cudaStream_t stream) {
   is_learning_ = false;
 }
 
-void DevicePredictor::CheckLayer(int32_t layer) const {
-  if (layer >= 0 && layer < config_.num_layers) return;
+void DevicePredictor::CheckLayer(int32_t layer, int32_t first) const {
+  if (layer >= first && layer < config_.num_layers) return;
   throw std::out_of_range("layer " + std::to_string(layer) + " is not one of the predictor's " +
                           std::to_string(config_.num_layers));
 }
 
 void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStream_t stream) {
-  CheckLayer(layer);
+  CheckLayer(layer, kTokenStart);
   if (token.hidden == nullptr || reinterpret_cast<uintptr_t>(token.hidden) % 16 != 0) {
     throw std::invalid_argument("a router input must be device memory aligned to 16 bytes");
   }
   const DeviceGuard guard(device_);
   Follow(stream);
-  const auto index = static_cast<size_t>(layer);
+  const size_t source = predictor::SourceOf(layer);
   num_distances_ = std::min(config_.max_distance, config_.num_layers - 1 - layer);
   LaunchPredict({.view = state_.view(),
                  .split = {},
                  .layer = layer,
                  .num_distances = num_distances_,
-                 .first_pair = static_cast<int32_t>(first_pair_[index]),
+                 .first_pair = static_cast<int32_t>(first_pair_[source]),
                  .hidden = token.hidden,
                  .hidden_dtype = token.dtype,
                  .token = token.id,
@@ -116,7 +114,7 @@ void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStr
                  .host_words = host_ ? host_words() : nullptr,
                  .sequence = ++num_observed_},
                 launch_, stream);
-  observed_pass_[index] = pass_;
+  observed_pass_[source] = pass_;
 }
 
 // Predictions share their scratch memory, so those on `stream` come after those on another.
@@ -132,9 +130,9 @@ void DevicePredictor::Follow(cudaStream_t stream) {
 }
 
 void DevicePredictor::Learn(int32_t layer, cudaStream_t stream) {
-  CheckLayer(layer);
-  const auto index = static_cast<size_t>(layer);
-  if (observed_pass_[index] != pass_) {
+  CheckLayer(layer, 0);
+  const size_t source = predictor::SourceOf(layer);
+  if (observed_pass_[source] != pass_) {
     throw std::logic_error("layer " + std::to_string(layer) + " was not observed in this pass");
   }
   predictor::LearnParams params{.view = state_.view(),
@@ -143,8 +141,8 @@ void DevicePredictor::Learn(int32_t layer, cudaStream_t stream) {
                                 .num_pairs = 0,
                                 .distances = {},
                                 .pairs = {}};
-  for (int32_t distance = 1; distance <= std::min(config_.max_distance, layer); ++distance) {
-    const size_t from = index - static_cast<size_t>(distance);
+  for (int32_t distance = 1; distance <= std::min(config_.max_distance, layer + 1); ++distance) {
+    const size_t from = source - static_cast<size_t>(distance);
     if (observed_pass_[from] != pass_) continue;
     params.distances[params.num_pairs] = distance;
     params.pairs[params.num_pairs++] = static_cast<int32_t>(first_pair_[from]) + distance - 1;
@@ -167,17 +165,7 @@ std::span<const float> DevicePredictor::need(int32_t distance) const {
   const DeviceGuard guard(device_);
   const size_t row = static_cast<size_t>(distance) - 1;
   const auto num_experts = static_cast<size_t>(config_.rule.num_experts);
-  const std::atomic_ref<uint64_t> word(host_words()[row]);
-  const auto is_there = [&] { return word.load(std::memory_order_acquire) == num_observed_; };
-  for (uint32_t spins = 1; !is_there(); ++spins) {
-    if (spins % kSpinsBetweenChecks != 0) continue;
-    const cudaError_t code = cudaStreamQuery(*last_stream_);  // a kernel that failed writes nothing
-    if (code == cudaErrorNotReady) {
-      cudaGetLastError();
-      continue;
-    }
-    CheckCuda(code, "cudaStreamQuery", __FILE__, __LINE__, "while waiting for predicted needs");
-  }
+  AwaitWord(host_words()[row], num_observed_, *last_stream_, "predicted needs");
   return {host_need() + row * num_experts, num_experts};
 }
 

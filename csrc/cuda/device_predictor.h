@@ -34,6 +34,7 @@ struct ObservedToken {
 // run on one kind of device.
 //
 //   BeginPass(stream)
+//   Observe(kTokenStart, embedding, stream), or not
 //   for each layer: Observe(layer, token, stream), one launch; need(distance), once the stream is
 //                   there; Learn(layer, stream), one launch on a stream of its own, beside what
 //                   `stream` does meanwhile
@@ -86,7 +87,7 @@ class DevicePredictor {
   DType router_dtype() const { return state_.router_dtype(); }
 
  private:
-  void CheckLayer(int32_t layer) const;
+  void CheckLayer(int32_t layer, int32_t first) const;
   void Follow(cudaStream_t stream);
   uint64_t* host_words() const { return reinterpret_cast<uint64_t*>(host_->data()); }
   float* host_need() const {
@@ -96,7 +97,7 @@ class DevicePredictor {
   PredictorConfig config_;
   Options options_;
   int device_;
-  std::vector<size_t> first_pair_;
+  std::vector<size_t> first_pair_;  // by source: the embedding, then the layers
   predictor::DeviceState state_;
   PredictorLaunch launch_;
   std::optional<PinnedMemory> host_;  // a word for each distance, then the needs
@@ -104,7 +105,7 @@ class DevicePredictor {
   CudaEvent observed_, learned_, followed_;
   bool is_learning_ = false;  // since the last join
   int64_t pass_ = 0;
-  std::vector<int64_t> observed_pass_;  // [layers] the last one
+  std::vector<int64_t> observed_pass_;  // [1 + layers] by source: the last one
   int32_t num_distances_ = 0;
   uint64_t num_observed_ = 0;
   std::optional<cudaStream_t> last_stream_;  // of the last Observe, unless it was captured

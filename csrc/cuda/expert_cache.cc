@@ -181,6 +181,12 @@ void ExpertCache::SetHorizon(int32_t horizon) {
   shared_.control.set_horizon(horizon);
 }
 
+int32_t ExpertCache::BeginToken(int32_t num_tokens) {
+  CheckSameProcess(fork_generation_);
+  const Lock lock = shared_.Acquire();
+  return shared_.control.BeginToken(num_tokens, NowUs());
+}
+
 int32_t ExpertCache::BeginPrefetch() {
   CheckSameProcess(fork_generation_);
   const Lock lock = shared_.Acquire();

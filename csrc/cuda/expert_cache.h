@@ -27,6 +27,7 @@ namespace expertflow::cuda {
 // copy engine by threads of its own. A pinned pool is copied from directly, by one thread; any
 // other source is read by `num_threads` threads into pinned staging memory and copied from there.
 //
+//   horizon = BeginToken(num_tokens); PrefetchPredicted(need of the first layers)
 //   plan = BeginLayer(layer, ids, stream)   waits for the ids, posts what is missing
 //   horizon = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
 //   Prefetch(later layer, ids)              any time
@@ -72,6 +73,7 @@ class ExpertCache {
 
   // The adaptive way: see the calls of CacheControl.
   void SetHorizon(int32_t horizon);
+  int32_t BeginToken(int32_t num_tokens);
   int32_t BeginPrefetch();
   int32_t PrefetchPredicted(std::span<const float> need);
   int32_t horizon() const;

@@ -181,7 +181,6 @@ void ExpertMlp::PrepareDevice() {
       cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   EXPERTFLOW_CUDA_CHECK(cudaDeviceGetAttribute(
       &max_shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  overlaps_ = true;
   for (Variant& variant : variants_) {
     const auto shared_bytes = static_cast<int>(variant.shared_bytes);
     int blocks_per_multiprocessor = std::numeric_limits<int>::max();
@@ -189,7 +188,6 @@ void ExpertMlp::PrepareDevice() {
       EXPERTFLOW_CUDA_CHECK(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           std::to_string(shared_bytes) + " bytes of shared memory");
-      overlaps_ = overlaps_ && CanOverlap(kernel);
       int num_blocks;
       EXPERTFLOW_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &num_blocks, kernel, variant.num_threads, variant.shared_bytes));
@@ -234,8 +232,7 @@ void ExpertMlp::LaunchStage(const Variant& variant, const void* kernel, const ml
   LaunchOverlapped({.kernel = kernel,
                     .num_blocks = variant.num_blocks,
                     .num_threads = static_cast<unsigned>(variant.num_threads),
-                    .shared_bytes = variant.shared_bytes,
-                    .overlaps_previous = overlaps_},
+                    .shared_bytes = variant.shared_bytes},
                    arguments, stream);
 }
 

@@ -99,8 +99,6 @@ class ExpertMlp {
 
   ExpertMlpShape shape_;
   Variant variants_[kNumVariants];
-  // A kernel starts while the one before it ends, and loads weights meanwhile.
-  bool overlaps_ = false;
 };
 
 }  // namespace expertflow

@@ -25,7 +25,6 @@ class IdReadback {
 
  private:
   void Reserve(size_t count);
-  void Await(cudaStream_t stream) const;
 
   std::optional<PinnedMemory> memory_;  // a word that counts the reads, then the ids
   size_t capacity_ = 0;                 // ids

@@ -37,8 +37,7 @@ void LaunchLearnNeeds(const PlanningView& planning, int32_t layer, cudaStream_t 
   LaunchOverlapped({.kernel = kernel,
                     .num_blocks = 1,
                     .num_threads = kLearningThreads,
-                    .shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words),
-                    .overlaps_previous = CanOverlap(kernel)},
+                    .shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words)},
                    arguments, stream);
 }
 

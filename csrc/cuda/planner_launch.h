@@ -74,8 +74,7 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
     LaunchOverlapped({.kernel = kernel,
                       .num_blocks = 1,
                       .num_threads = num_threads,
-                      .shared_bytes = shared_bytes,
-                      .overlaps_previous = CanOverlap(kernel)},
+                      .shared_bytes = shared_bytes},
                      arguments, stream);
   });
 }

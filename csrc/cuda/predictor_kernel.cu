@@ -57,14 +57,11 @@ Split ChooseSplit(const View& view, const PredictorLaunch& launch, NumBlocks num
   return SplitBy(num_loads, view, launch.router_dtype);
 }
 
-void Launch(const void* kernel, dim3 num_blocks, bool overlaps, void* params, cudaStream_t stream) {
+void Launch(const void* kernel, dim3 num_blocks, void* params, cudaStream_t stream) {
   void* arguments[] = {params};
-  LaunchOverlapped({.kernel = kernel,
-                    .num_blocks = num_blocks,
-                    .num_threads = kThreads,
-                    .shared_bytes = 0,
-                    .overlaps_previous = overlaps},
-                   arguments, stream);
+  LaunchOverlapped(
+      {.kernel = kernel, .num_blocks = num_blocks, .num_threads = kThreads, .shared_bytes = 0},
+      arguments, stream);
 }
 
 const void* PredictKernelFor(DType router_dtype) {
@@ -88,9 +85,7 @@ PredictorLaunch PreparePredictor(DType router_dtype) {
   EXPERTFLOW_CUDA_CHECK(
       cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   return {.router_dtype = router_dtype,
-          .num_resident_blocks = num_multiprocessors * kBlocksPerMultiprocessor,
-          .overlaps = CanOverlap(PredictKernelFor(router_dtype)) &&
-                      CanOverlap(reinterpret_cast<const void*>(&LearnKernel))};
+          .num_resident_blocks = num_multiprocessors * kBlocksPerMultiprocessor};
 }
 
 void LaunchPredict(PredictParams params, const PredictorLaunch& launch, cudaStream_t stream) {
@@ -102,7 +97,7 @@ void LaunchPredict(PredictParams params, const PredictorLaunch& launch, cudaStre
   const dim3 blocks(static_cast<unsigned>(NumParts(params.split, 1)),
                     static_cast<unsigned>(NumGroups(params.view)),
                     static_cast<unsigned>(params.num_distances) + 1);
-  Launch(PredictKernelFor(launch.router_dtype), blocks, launch.overlaps, &params, stream);
+  Launch(PredictKernelFor(launch.router_dtype), blocks, &params, stream);
 }
 
 void LaunchLearn(LearnParams params, const PredictorLaunch& launch, cudaStream_t stream) {
@@ -111,7 +106,7 @@ void LaunchLearn(LearnParams params, const PredictorLaunch& launch, cudaStream_t
   };
   params.split = ChooseSplit(params.view, launch, num_blocks);
   Launch(reinterpret_cast<const void*>(&LearnKernel),
-         static_cast<unsigned>(num_blocks(params.split)), launch.overlaps, &params, stream);
+         static_cast<unsigned>(num_blocks(params.split)), &params, stream);
 }
 
 int32_t MaxPredictorParts(const View& view, DType router_dtype) {

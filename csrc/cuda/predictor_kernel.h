@@ -11,7 +11,6 @@ namespace expertflow {
 struct PredictorLaunch {
   DType router_dtype;
   int32_t num_resident_blocks;
-  bool overlaps;  // see grid_dependency.h
 };
 
 // For the device that is current. Throws CudaError.

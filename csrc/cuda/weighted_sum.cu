@@ -45,8 +45,7 @@ void Launch(WeightedSum sum, cudaStream_t stream) {
                     .num_blocks = {(static_cast<unsigned>(sum.hidden) + kThreads - 1) / kThreads,
                                    static_cast<unsigned>(sum.num_tokens)},
                     .num_threads = kThreads,
-                    .shared_bytes = 0,
-                    .overlaps_previous = CanOverlap(kernel)},
+                    .shared_bytes = 0},
                    arguments, stream);
 }
 

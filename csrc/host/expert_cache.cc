@@ -125,6 +125,12 @@ void ExpertCache::SetHorizon(int32_t horizon) {
   control_.set_horizon(horizon);
 }
 
+int32_t ExpertCache::BeginToken(int32_t num_tokens) {
+  CheckSameProcess(fork_generation_);
+  const Lock lock(mutex_);
+  return control_.BeginToken(num_tokens, NowUs());
+}
+
 int32_t ExpertCache::BeginPrefetch() {
   CheckSameProcess(fork_generation_);
   const Lock lock(mutex_);

@@ -22,6 +22,7 @@ namespace expertflow {
 
 // The expert cache of the CPU backend: slots in RAM, filled from a source by worker threads.
 //
+//   horizon = BeginToken(num_tokens); PrefetchPredicted(need of the first layers)
 //   plan = BeginLayer(layer, ids)       posts what is missing
 //   horizon = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
 //   Prefetch(later layer, ids)          any time
@@ -63,6 +64,7 @@ class ExpertCache {
 
   // The adaptive way: see the calls of CacheControl.
   void SetHorizon(int32_t horizon);
+  int32_t BeginToken(int32_t num_tokens);
   int32_t BeginPrefetch();
   int32_t PrefetchPredicted(std::span<const float> need);
   int32_t horizon() const;

@@ -75,15 +75,17 @@ py::dict State(const py::object& self) {
   return arrays;
 }
 
-// Runs the predictor over `hidden` [tokens, layers, hidden] as if decoding: each token is foreseen
-// before it is learned from. Returns ids [tokens, layers, distances, m], the most needed first, and
-// their need; where there is no such layer ids and need are 0.
+// Runs the predictor over `hidden` [tokens, sources, hidden] as if decoding: each token is foreseen
+// before it is learned from. The sources are the layers, or the embedding and then the layers.
+// Returns ids [tokens, sources, distances, m], the most needed first, and their need; where there
+// is no such layer ids and need are 0.
 std::pair<py::array_t<int32_t>, py::array_t<float>> Replay(Predictor& predictor,
                                                            const FloatArray& hidden,
                                                            const IdArray& tokens, size_t m) {
   const PredictorConfig& config = predictor.config();
-  if (hidden.ndim() != 3 || hidden.shape(1) != config.num_layers) {
-    throw std::invalid_argument("hidden must be [tokens, layers, hidden]");
+  const bool has_embeddings = hidden.ndim() == 3 && hidden.shape(1) == config.num_layers + 1;
+  if (hidden.ndim() != 3 || (hidden.shape(1) != config.num_layers && !has_embeddings)) {
+    throw std::invalid_argument("hidden must be [tokens, layers, hidden], or have one layer more");
   }
   const auto num_tokens = static_cast<size_t>(hidden.shape(0));
   if (tokens.size() != 0 && static_cast<size_t>(tokens.size()) != num_tokens) {
@@ -92,9 +94,9 @@ std::pair<py::array_t<int32_t>, py::array_t<float>> Replay(Predictor& predictor,
   if (m > static_cast<size_t>(config.rule.num_experts)) {
     throw std::invalid_argument("more experts than a layer has");
   }
-  const auto num_layers = static_cast<size_t>(config.num_layers);
+  const auto num_sources = static_cast<size_t>(hidden.shape(1));
   const auto num_distances = static_cast<size_t>(config.max_distance);
-  const std::vector<size_t> shape = {num_tokens, num_layers, num_distances, m};
+  const std::vector<size_t> shape = {num_tokens, num_sources, num_distances, m};
   py::array_t<int32_t> ids(shape);
   py::array_t<float> needs(shape);
   int32_t* id = ids.mutable_data();
@@ -104,23 +106,24 @@ std::pair<py::array_t<int32_t>, py::array_t<float>> Replay(Predictor& predictor,
   const std::span<const float> inputs = Values(hidden);
   const std::span<const int64_t> token_ids = Values(tokens);
   const py::gil_scoped_release unlocked;
-  const size_t row_size = inputs.size() / std::max<size_t>(1, num_tokens * num_layers);
+  const size_t row_size = inputs.size() / std::max<size_t>(1, num_tokens * num_sources);
   for (size_t token = 0; token < num_tokens; ++token) {
     predictor.BeginPass(1, 1, token_ids.empty() ? token_ids : token_ids.subspan(token, 1));
-    for (size_t layer = 0; layer < num_layers; ++layer) {
-      const auto index = static_cast<int32_t>(layer);
-      predictor.Observe(index, inputs.subspan((token * num_layers + layer) * row_size, row_size));
-      predictor.Predict(index);
+    for (size_t source = 0; source < num_sources; ++source) {
+      const int32_t layer = static_cast<int32_t>(source) + (has_embeddings ? kTokenStart : 0);
+      predictor.Observe(layer, inputs.subspan((token * num_sources + source) * row_size, row_size));
+      predictor.Predict(layer);
       for (int32_t distance = 1; distance <= predictor.num_distances(); ++distance) {
         const size_t first =
-            ((token * num_layers + layer) * num_distances + static_cast<size_t>(distance) - 1) * m;
+            ((token * num_sources + source) * num_distances + static_cast<size_t>(distance) - 1) *
+            m;
         const std::span<int32_t> ranked(id + first, m);
         predictor.Rank(distance, ranked);
         const std::span<const float> all = predictor.need(distance);
         std::ranges::transform(ranked, need + first,
                                [&](int32_t e) { return all[static_cast<size_t>(e)]; });
       }
-      predictor.Learn(index);
+      if (layer >= 0) predictor.Learn(layer);
     }
   }
   return {std::move(ids), std::move(needs)};
@@ -129,6 +132,7 @@ std::pair<py::array_t<int32_t>, py::array_t<float>> Replay(Predictor& predictor,
 }  // namespace
 
 void DefinePredictor(py::module_& m) {
+  m.attr("TOKEN_START") = kTokenStart;
   py::class_<Predictor>(m, "Predictor")
       .def(py::init(&MakePredictor), py::arg("weights"), py::kw_only(), py::arg("biases"),
            py::arg("corrections"), py::arg("top_k"), py::arg("is_sigmoid"), py::arg("num_groups"),

@@ -74,6 +74,10 @@ void DefineCacheProperties(Class& cache_class) {
           "set_horizon", [](Registered& c, int32_t horizon) { c.cache().SetHorizon(horizon); },
           pybind11::arg("horizon"))
       .def(
+          "begin_token",
+          [](Registered& c, int32_t num_tokens) { return c.cache().BeginToken(num_tokens); },
+          pybind11::arg("num_tokens"), pybind11::call_guard<pybind11::gil_scoped_release>())
+      .def(
           "begin_prefetch", [](Registered& c) { return c.cache().BeginPrefetch(); },
           pybind11::call_guard<pybind11::gil_scoped_release>())
       .def(

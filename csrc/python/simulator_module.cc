@@ -21,7 +21,9 @@ constexpr int64_t kTokensBetweenSignals = 256;
 
 TraceView ViewOf(const IdArray& expert_ids, int32_t num_experts,
                  const std::optional<IdArray>& predicted_ids,
-                 const std::optional<IdArray>& predicted_need_q16) {
+                 const std::optional<IdArray>& predicted_need_q16,
+                 const std::optional<IdArray>& first_predicted_ids,
+                 const std::optional<IdArray>& first_predicted_need_q16) {
   if (expert_ids.ndim() != 3) {
     throw std::invalid_argument("expert_ids must be [tokens, layers, top_k]");
   }
@@ -45,6 +47,15 @@ TraceView ViewOf(const IdArray& expert_ids, int32_t num_experts,
                        .num_candidates = static_cast<int32_t>(predicted_ids->shape(3)),
                        .expert_ids = predicted_ids->data(),
                        .need_q16 = predicted_need_q16->data()};
+  if (!first_predicted_ids || !first_predicted_need_q16) return trace;
+  for (const IdArray* array : {&*first_predicted_ids, &*first_predicted_need_q16}) {
+    if (array->ndim() != 3 || array->shape(0) != expert_ids.shape(0) ||
+        array->shape(1) != predicted_ids->shape(2) || array->shape(2) != predicted_ids->shape(3)) {
+      throw std::invalid_argument("first predictions must be [tokens, distances, candidates]");
+    }
+  }
+  trace.predictions.first_expert_ids = first_predicted_ids->data();
+  trace.predictions.first_need_q16 = first_predicted_need_q16->data();
   return trace;
 }
 
@@ -62,12 +73,15 @@ py::dict ToDict(const SimulationResult& result) {
 
 py::dict Simulate(const IdArray& expert_ids, int32_t num_experts,
                   const std::optional<IdArray>& predicted_ids,
-                  const std::optional<IdArray>& predicted_need_q16, const std::string& policy,
+                  const std::optional<IdArray>& predicted_need_q16,
+                  const std::optional<IdArray>& first_predicted_ids,
+                  const std::optional<IdArray>& first_predicted_need_q16, const std::string& policy,
                   const std::string& predictor, int32_t horizon, int32_t num_slots,
                   size_t expert_bytes, const std::string& scope, double bytes_per_second,
                   int64_t latency_ns, size_t chunk_bytes, size_t demand_chunk_bytes,
                   int64_t layer_time_ns, double expert_share, int64_t warmup_tokens) {
-  const TraceView trace = ViewOf(expert_ids, num_experts, predicted_ids, predicted_need_q16);
+  const TraceView trace = ViewOf(expert_ids, num_experts, predicted_ids, predicted_need_q16,
+                                 first_predicted_ids, first_predicted_need_q16);
   const bool belady = policy == "belady";
   Simulator simulator(trace, {.num_slots = num_slots,
                               .expert_bytes = expert_bytes,
@@ -100,11 +114,12 @@ void DefineSimulator(py::module_& m) {
   m.attr("MAX_HORIZON") = Simulator::kMaxHorizon;
   m.attr("AUTO_HORIZON") = SimulatorConfig::kAutoHorizon;
   m.def("simulate", &Simulate, py::kw_only(), py::arg("expert_ids"), py::arg("num_experts"),
-        py::arg("predicted_ids"), py::arg("predicted_need_q16"), py::arg("policy"),
-        py::arg("predictor"), py::arg("horizon"), py::arg("num_slots"), py::arg("expert_bytes"),
-        py::arg("scope"), py::arg("bytes_per_second"), py::arg("latency_ns"),
-        py::arg("chunk_bytes"), py::arg("demand_chunk_bytes"), py::arg("layer_time_ns"),
-        py::arg("expert_share"), py::arg("warmup_tokens"));
+        py::arg("predicted_ids"), py::arg("predicted_need_q16"), py::arg("first_predicted_ids"),
+        py::arg("first_predicted_need_q16"), py::arg("policy"), py::arg("predictor"),
+        py::arg("horizon"), py::arg("num_slots"), py::arg("expert_bytes"), py::arg("scope"),
+        py::arg("bytes_per_second"), py::arg("latency_ns"), py::arg("chunk_bytes"),
+        py::arg("demand_chunk_bytes"), py::arg("layer_time_ns"), py::arg("expert_share"),
+        py::arg("warmup_tokens"));
 }
 
 }  // namespace expertflow

@@ -107,6 +107,43 @@ TEST_F(CacheControlPrefetchTest, PostsWhatIsWorthItNearerLayersFirst) {
   EXPECT_EQ(control_->prefetch_statistics().used, 1);
 }
 
+// A transfer takes 80 us. The near expert would be served before the others, of which two need all
+// but 40 of the 200 us before their layer.
+TEST_F(CacheControlPrefetchTest, ANearGuessDoesNotDelayWhatIsMoreProbableAndNeededLater) {
+  MakeControl(Options(24));
+  ASSERT_EQ(RunTokens(1), 2);
+  EXPECT_THAT(Prefetch({{{4, 0.7F}}, {{5, 0.9F}}}), ElementsAre(ExpertId{0, 4}, ExpertId{1, 5}));
+  MakeControl(Options(24));
+  ASSERT_EQ(RunTokens(1), 2);
+  EXPECT_THAT(Prefetch({{{4, 0.7F}}, {{5, 0.9F}, {6, 0.95F}}}),
+              ElementsAre(ExpertId{1, 6}, ExpertId{1, 5}));
+}
+
+TEST_F(CacheControlPrefetchTest, FetchesFirstLayersWhenATokenBegins) {
+  MakeControl(Options(24));
+  EXPECT_EQ(control_->BeginToken(1, now_us_), 0) << "no time is known";
+  ASSERT_EQ(RunTokens(1), 2);
+  EXPECT_EQ(control_->BeginToken(17, now_us_), 0) << "a prompt";
+  EXPECT_THAT(Prefetch({{{5, 1.0F}}}), IsEmpty());
+  EXPECT_EQ(control_->BeginToken(1, now_us_), 2);
+  EXPECT_THAT(Prefetch({{{5, 0.9F}}, {{6, 0.95F}}}), ElementsAre(ExpertId{0, 5}, ExpertId{1, 6}));
+  RunLayer(0, {0, 5});
+  EXPECT_EQ(control_->prefetch_statistics().hits, 1);
+}
+
+TEST_F(CacheControlPrefetchTest, FirstLayerHasTheTimeThatItTookBefore) {
+  MakeControl(Options(24));
+  RunTokens(1);
+  // 40 of a layer's 100 us before the plan of layer 0: half of an expert, which takes 80 us.
+  now_us_ += 60.0;
+  control_->BeginToken(1, now_us_);
+  now_us_ -= 60.0;
+  RunTokens(1);
+  ASSERT_EQ(control_->BeginToken(1, now_us_), 2);
+  const auto posted = Prefetch({{{5, 0.75F}}, {{6, 0.75F}}});
+  EXPECT_THAT(posted, ElementsAre(ExpertId{1, 6})) << "which has 140 us";
+}
+
 TEST_F(CacheControlPrefetchTest, KeepsResidentsThatAreExpected) {
   for (const bool is_expected : {true, false}) {
     MakeControl(Options(2 * kLayers));  // all that RunTokens needs, in LRU order
@@ -163,6 +200,21 @@ TEST_F(CacheControlPrefetchTest, AFixedHorizonTakesTheTopKOfEachLayer) {
   control_->set_horizon(0);
   EXPECT_EQ(RunLayer(1, {0, 1}), 0);
   EXPECT_THAT(Prefetch({{{3, 1.0F}}}), IsEmpty());
+}
+
+TEST_F(CacheControlPrefetchTest, ANewHorizonForgetsWhatMissesCostWithTheLastOne) {
+  const auto keys_after = [this](int32_t first_horizon, int32_t last_horizon) {
+    MakeControl(Options(24, PolicyKind::kPredictedNeed));
+    control_->set_horizon(first_horizon);
+    RunTokens(2);
+    if (last_horizon != first_horizon) control_->set_horizon(last_horizon);
+    RunTokens(1);
+    const int64_t* keys = control_->table().expert_key;
+    return std::vector(keys, keys + kLayers * kExperts);
+  };
+  const std::vector<int64_t> without_costs = keys_after(0, 0);
+  EXPECT_NE(keys_after(Prefetcher::kAutoHorizon, Prefetcher::kAutoHorizon), without_costs);
+  EXPECT_EQ(keys_after(Prefetcher::kAutoHorizon, 0), without_costs);
 }
 
 TEST_F(CacheControlPrefetchTest, ACacheThatKeepsNothingPrefetchesNothing) {

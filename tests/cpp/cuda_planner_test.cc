@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -17,6 +16,7 @@
 #include "cuda/cuda_error.h"
 #include "cuda/device_memory.h"
 #include "cuda/device_planner.h"
+#include "cuda/mapped_word.h"
 #include "cuda/pinned_memory.h"
 #include "cuda/planner_kernel.h"
 #include "cuda/stream.h"
@@ -74,7 +74,7 @@ class GpuPlanner {
                        stream_.get());
     planner_.Learn(layer, stream_.get());
     ++sequence_;
-    WaitForPlan();
+    AwaitWord(host_plan_->sequence, sequence_, stream_.get(), "a plan");
     const LayerPlan early = *host_plan_;
     stream_.Synchronize();
     ExpectEqualPlans(early, CopyOut(plan_));
@@ -87,20 +87,6 @@ class GpuPlanner {
   void SetTick(Tick now) { planner_.SetTick(now); }
 
  private:
-  void WaitForPlan() {
-    const std::atomic_ref sequence(host_plan_->sequence);
-    while (sequence.load(std::memory_order_acquire) != sequence_) {
-      const cudaError_t code = cudaStreamQuery(stream_.get());
-      if (code == cudaErrorNotReady) {
-        cudaGetLastError();  // "not ready" is no failure that a later check should find
-        continue;
-      }
-      EXPERTFLOW_CUDA_CHECK(code);
-      break;
-    }
-    ASSERT_EQ(sequence.load(std::memory_order_acquire), sequence_) << "the plan never came";
-  }
-
   DevicePlanner planner_;
   CudaStream stream_;
   DeviceIds ids_;
@@ -143,6 +129,23 @@ TEST_P(PlannerKernelTest, DecidesAlikeOnRecordedRouting) {
 INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelTest, EveryPolicyAndScope(),
                          NameOfPolicyAndScope);
 
+// A few plans of every kind: quick also under compute-sanitizer, where a plan takes tens of
+// milliseconds.
+using PlannerKernelSmallTest = PlannerKernelTest;
+
+TEST_P(PlannerKernelSmallTest, DecidesAsTheHostPlannerDoes) {
+  const auto [policy, scope] = GetParam();
+  for (uint64_t seed = 0; seed < 6 && !HasFailure(); ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    PairedPlanners<GpuPlanner>(seed, policy, scope).RunRandom(6);
+  }
+  PairedPlanners<GpuPlanner>(Shape{3, 32, 4, 48}, policy, scope).RunSkewed(8);
+  PairedPlanners<GpuPlanner>(Shape{10, 512, 8, 5000}, policy, scope).RunRandom(10);
+}
+
+INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelSmallTest, EveryPolicyAndScope(),
+                         NameOfPolicyAndScope);
+
 using PlannerKernelRefusalTest = CudaTest;
 
 TEST_F(PlannerKernelRefusalTest, IdsThatTheLayerLacksChangeNothing) {
@@ -182,14 +185,16 @@ struct DestroyGraph {
 using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
 
-class PlannerKernelGraphTest : public CudaTest, public testing::WithParamInterface<PolicyKind> {};
+// A policy, and how many tokens.
+class PlannerKernelGraphTest : public CudaTest,
+                               public testing::WithParamInterface<std::tuple<PolicyKind, int>> {};
 
 // A graph of one decode step, replayed with other ids in the same memory, decides as single
 // launches do, and every replay has its own ticks.
 TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   constexpr Shape kShape{6, 32, 4, 40};
-  constexpr int kNumTokens = 40;
-  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1, .policy = GetParam()};
+  const auto [policy, num_tokens] = GetParam();
+  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy};
   DevicePlanner replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   DevicePlanner launched(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
   std::vector<DeviceIds> ids(kShape.num_layers);
@@ -226,7 +231,7 @@ TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
 
   SlotTable of_replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots);
   SlotTable of_launched(kShape.num_layers, kShape.num_experts, kShape.num_slots);
-  for (int token = 0; token < kNumTokens; ++token) {
+  for (int token = 0; token < num_tokens; ++token) {
     SCOPED_TRACE("token " + std::to_string(token));
     EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(exec.get(), stream.get()));
     stream.Synchronize();
@@ -243,9 +248,11 @@ TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   }
 }
 
+constexpr PolicyKind kGraphPolicies[] = {PolicyKind::kDecayedFrequency, PolicyKind::kPredictedNeed};
 INSTANTIATE_TEST_SUITE_P(Policies, PlannerKernelGraphTest,
-                         testing::Values(PolicyKind::kDecayedFrequency,
-                                         PolicyKind::kPredictedNeed));
+                         testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(40)));
+INSTANTIATE_TEST_SUITE_P(Small, PlannerKernelGraphTest,
+                         testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(6)));
 
 }  // namespace
 }  // namespace expertflow

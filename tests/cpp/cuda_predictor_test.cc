@@ -105,12 +105,17 @@ Predictor MakeHost(const Shape& shape, std::mt19937& random) {
                    routers);
 }
 
+// What the last layer sees stands for the embedding, too.
+const std::vector<float>& ValuesOf(const Pass& pass, int32_t layer) {
+  return layer == kTokenStart ? pass.back() : pass[Index(layer)];
+}
+
 void Teach(Predictor& host, const Pass& pass, int64_t token) {
   host.BeginPass(1, 1, std::vector<int64_t>{token});
-  for (int32_t layer = 0; layer < host.config().num_layers; ++layer) {
-    host.Observe(layer, pass[Index(layer)]);
+  for (int32_t layer = kTokenStart; layer < host.config().num_layers; ++layer) {
+    host.Observe(layer, ValuesOf(pass, layer));
     host.Predict(layer);
-    host.Learn(layer);
+    if (layer >= 0) host.Learn(layer);
   }
 }
 
@@ -146,6 +151,7 @@ class Device {
   Device(const Shape& shape, const Predictor& host,
          const DevicePredictor::Options& options = {.list_size = 2})
       : dtype_(shape.dtype),
+        num_layers_(shape.num_layers),
         row_bytes_(Index(shape.hidden) * ElementBytes(shape.dtype)),
         predictor_(host, options),
         hidden_(Index(shape.num_layers) * row_bytes_),
@@ -166,8 +172,9 @@ class Device {
   }
 
   void Observe(int32_t layer, const SlotId* expert_slot = nullptr) {
+    const int32_t row = layer == kTokenStart ? num_layers_ - 1 : layer;
     predictor_.Observe(layer,
-                       {.hidden = hidden_.data() + Index(layer) * row_bytes_,
+                       {.hidden = hidden_.data() + Index(row) * row_bytes_,
                         .dtype = dtype_,
                         .id = reinterpret_cast<const int64_t*>(token_.data()),
                         .expert_slot = expert_slot},
@@ -185,6 +192,7 @@ class Device {
 
  private:
   DType dtype_;
+  int32_t num_layers_;
   size_t row_bytes_;
   CudaStream stream_;
   DevicePredictor predictor_;
@@ -240,8 +248,8 @@ TEST_P(CudaPredictorRulesTest, ForeseesAndLearnsAsTheHost) {
     device.SetToken(pass, token);
     host.BeginPass(1, 1, std::vector<int64_t>{token});
     device.predictor().BeginPass(device.stream().get());
-    for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
-      host.Observe(layer, pass[Index(layer)]);
+    for (int32_t layer = kTokenStart; layer < shape.num_layers; ++layer) {
+      host.Observe(layer, ValuesOf(pass, layer));
       host.Predict(layer);
       device.Observe(layer);
       ASSERT_EQ(device.predictor().num_distances(), host.num_distances());
@@ -260,6 +268,7 @@ TEST_P(CudaPredictorRulesTest, ForeseesAndLearnsAsTheHost) {
           num_same += std::binary_search(found.begin(), found.begin() + shape.rule.top_k, e);
         }
       }
+      if (layer == kTokenStart) continue;
       host.Learn(layer);
       device.predictor().Learn(layer, device.stream().get());
     }

@@ -27,6 +27,24 @@ TEST(LayerClockTest, ComputeTimeIsWhatStallsLeave) {
   EXPECT_EQ(clock.last()->moved_bytes, 0.0);
 }
 
+TEST(LayerClockTest, FirstLayerIsTimedFromTheBeginOfItsToken) {
+  LayerClock clock;
+  EXPECT_EQ(clock.first_us(), 0.0);
+  clock.BeginToken(1000.0);
+  clock.RecordPlan(PlanOf(0), 1030.0);
+  EXPECT_EQ(clock.first_us(), 30.0);
+  clock.RecordPlan(PlanOf(1), 1130.0);
+  clock.RecordPlan(PlanOf(0), 5000.0);  // a token whose begin nobody told
+  EXPECT_EQ(clock.first_us(), 30.0) << "as measured before";
+  clock.BeginToken(6000.0);
+  clock.RecordPlan(PlanOf(0, /*streaming=*/true), 7000.0);
+  EXPECT_EQ(clock.first_us(), 30.0) << "a prompt is no token";
+  clock.BeginToken(8000.0);
+  clock.BeginToken(9000.0);  // the token before was given up
+  clock.RecordPlan(PlanOf(0), 9050.0);
+  EXPECT_EQ(clock.first_us(), 50.0);
+}
+
 TEST(LayerClockTest, TimeBetweenPassesIsNotComputeTime) {
   LayerClock clock;
   clock.RecordPlan(PlanOf(0), 0.0);

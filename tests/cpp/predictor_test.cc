@@ -142,6 +142,28 @@ TEST(PredictorTest, RanksByNeedAndTiesByTheLowerId) {
   EXPECT_THROW(predictor.need(3), std::out_of_range);
 }
 
+TEST(PredictorTest, EmbeddingForeseesTheFirstLayersAndIsNotLearnedFor) {
+  Predictor predictor = MakePredictor();
+  predictor.BeginPass(1, 1, {});
+  predictor.Observe(kTokenStart, RandomFloats(kHidden, 7));
+  predictor.Predict(kTokenStart);
+  EXPECT_EQ(predictor.num_distances(), 2);
+  EXPECT_THROW(predictor.Learn(kTokenStart), std::logic_error);
+  predictor.Observe(0, RandomFloats(kHidden, 8));
+  predictor.Learn(0);
+  const auto learned = [&](int32_t layer, size_t distance) {
+    const size_t pair = predictor.state().Pair(layer, distance);
+    return std::ranges::any_of(predictor.state().Weights(pair), [](float w) { return w != 0; });
+  };
+  EXPECT_TRUE(learned(kTokenStart, 1));
+  EXPECT_FALSE(learned(kTokenStart, 2)) << "layer 1 has not run";
+  predictor.BeginPass(1, 1, {});  // without an embedding
+  predictor.Observe(0, RandomFloats(kHidden, 9));
+  const std::vector<float> before = predictor.state().weights;
+  predictor.Learn(0);
+  EXPECT_EQ(predictor.state().weights, before);
+}
+
 TEST(PredictorTest, RefusesCallsOutOfOrder) {
   Predictor predictor = MakePredictor();
   const std::vector<float> row(kHidden, 1.0f);

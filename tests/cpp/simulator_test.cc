@@ -77,6 +77,21 @@ TEST(SimulatorTest, PrefetchInTimeIsAPrefetchHit) {
   EXPECT_EQ(result.counts.prefetch_bytes, 2 * 1024);
 }
 
+TEST(SimulatorTest, FirstLayerIsForeseenWhenItsTokenBegins) {
+  // One layer, two tokens, an expert each: half a layer's time of 1200 ns passes before its plan.
+  TestTrace trace{1, 1, 4, {0, 1}, 1, 1, {0, 0}, {0, 0}, {0, 1}, {65535, 65535}};
+  SimulatorConfig config = TinyConfig(2, 1200);
+  config.predictor = PredictorKind::kRecorded;
+  config.horizon = 1;
+  const SimulationResult result = Simulate(trace, config);
+  EXPECT_EQ(result.stall_ns, 2 * (1044 - 600));
+  EXPECT_EQ(result.late_stall_ns, result.stall_ns);
+  EXPECT_EQ(result.counts.late_hits, 2);
+  EXPECT_EQ(result.horizon_sum, 2) << "counted once a layer";
+  trace.first_predicted_ids.clear();
+  EXPECT_EQ(Simulate(trace, config).stall_ns, 2 * 1044);
+}
+
 TEST(SimulatorTest, DemandWaitsForTwoChunksOfAPrefetchAtMost) {
   // Layer 1 is foreseen to need expert 3 but needs 1. Four chunks an expert, 522 ns each: expert 0
   // arrives at 2588, then two of the prefetch's chunks are in flight until 4154, and the demand,

@@ -19,6 +19,8 @@ struct TestTrace {
   int32_t num_candidates = 0;
   std::vector<uint16_t> predicted_ids = {};
   std::vector<uint16_t> need_q16 = {};
+  std::vector<uint16_t> first_predicted_ids = {};
+  std::vector<uint16_t> first_need_q16 = {};
 
   TraceView view() const {
     const auto per_token = static_cast<size_t>(num_layers * top_k);
@@ -27,7 +29,13 @@ struct TestTrace {
             .top_k = top_k,
             .num_experts = num_experts,
             .expert_ids = expert_ids.data(),
-            .predictions = {num_distances, num_candidates, predicted_ids.data(), need_q16.data()}};
+            .predictions = {.num_distances = num_distances,
+                            .num_candidates = num_candidates,
+                            .expert_ids = predicted_ids.data(),
+                            .need_q16 = need_q16.data(),
+                            .first_expert_ids =
+                                first_predicted_ids.empty() ? nullptr : first_predicted_ids.data(),
+                            .first_need_q16 = first_need_q16.data()}};
   }
 };
 

@@ -29,8 +29,8 @@ LearnedState::LearnedState(const PredictorConfig& config) {
   const size_t used = 2 * static_cast<size_t>(config.hidden) + num_experts + 1;
   num_features = (used + kAlignFloats - 1) / kAlignFloats * kAlignFloats;
   first_pair.push_back(0);
-  for (size_t layer = 0; layer < num_layers; ++layer) {
-    const size_t ahead = std::min(static_cast<size_t>(config.max_distance), num_layers - 1 - layer);
+  for (size_t source = 0; source <= num_layers; ++source) {
+    const size_t ahead = std::min(static_cast<size_t>(config.max_distance), num_layers - source);
     first_pair.push_back(first_pair.back() + ahead);
   }
   const size_t num_pairs = first_pair.back();

@@ -22,12 +22,19 @@ struct PredictorConfig {
   void Check() const;
 };
 
+// What stands for the layer before the first one: the embedding of a token, which is known as soon
+// as its id is.
+inline constexpr int32_t kTokenStart = -1;
+
 // Everything a predictor has learned, in flat arrays that are saved, and copied to a device, as
-// they are. A *pair* is a layer and a distance whose target layer exists.
+// they are. A *pair* is a source, that is the embedding or a layer, and a distance whose target
+// layer exists: those of the embedding come first.
 struct LearnedState {
   explicit LearnedState(const PredictorConfig& config);
 
-  size_t Pair(size_t layer, size_t distance) const { return first_pair[layer] + distance - 1; }
+  size_t Pair(int32_t layer, size_t distance) const {
+    return first_pair[static_cast<size_t>(layer - kTokenStart)] + distance - 1;
+  }
   std::span<float> Weights(size_t pair) {
     return {weights.data() + pair * num_experts * num_features, num_experts * num_features};
   }
@@ -38,7 +45,7 @@ struct LearnedState {
 
   size_t num_experts, num_buckets;
   size_t num_features;                // hidden + hidden + experts + 1, rounded up to 16 floats
-  std::vector<size_t> first_pair;     // by layer, and one more: the number of pairs
+  std::vector<size_t> first_pair;     // by source, and one more: the number of pairs
   std::vector<float> weights;         // [pairs, experts, features]
   std::vector<ScoreScalars> scalars;  // [pairs]
   std::vector<NeedCalibration> calibrations;  // [pairs]

@@ -29,7 +29,7 @@ Predictor::Predictor(const PredictorConfig& config, RouterWeights routers)
       num_layers_(static_cast<size_t>(config.num_layers)),
       num_experts_(state_.num_experts),
       hidden_(static_cast<size_t>(config.hidden)),
-      layers_(num_layers_),
+      sources_(num_layers_ + 1),
       need_(static_cast<size_t>(config.max_distance) * num_experts_),
       features_(state_.num_features),
       margins_(num_experts_),
@@ -52,7 +52,7 @@ void Predictor::BeginPass(int32_t num_sequences, int32_t rows_per_sequence,
                                 std::to_string(num_rows) + " rows");
   }
   if (sequences != num_sequences_) {
-    for (Layer& layer : layers_) layer.previous.assign(sequences * hidden_, 0.0f);
+    for (Layer& layer : sources_) layer.previous.assign(sequences * hidden_, 0.0f);
   }
   num_sequences_ = sequences;
   rows_per_sequence_ = static_cast<size_t>(rows_per_sequence);
@@ -67,16 +67,13 @@ void Predictor::BeginPass(int32_t num_sequences, int32_t rows_per_sequence,
 }
 
 void Predictor::Observe(int32_t layer, std::span<const float> hidden) {
-  if (layer < 0 || layer >= config_.num_layers) {
-    throw std::out_of_range("layer " + std::to_string(layer) + " is not one of the predictor's " +
-                            std::to_string(num_layers_));
-  }
+  CheckLayer(layer, kTokenStart);
   if (num_rows_ == 0 || hidden.size() != num_rows_ * hidden_) {
     throw std::invalid_argument("the pass has " + std::to_string(num_rows_) + " rows of " +
                                 std::to_string(hidden_) + " values, got " +
                                 std::to_string(hidden.size()) + " values");
   }
-  Layer& seen = layers_[static_cast<size_t>(layer)];
+  Layer& seen = At(layer);
   seen.directions.resize(hidden.size());
   seen.lengths.resize(num_rows_);
   for (size_t row = 0; row < num_rows_; ++row) {
@@ -94,8 +91,8 @@ void Predictor::Observe(int32_t layer, std::span<const float> hidden) {
 }
 
 void Predictor::Predict(int32_t layer) {
-  const size_t index = Checked(layer);
-  Layer& from = layers_[index];
+  CheckObserved(layer, kTokenStart);
+  Layer& from = At(layer);
   num_distances_ = std::min(config_.max_distance, config_.num_layers - 1 - layer);
   last_layer_ = layer;
   const auto num_distances = static_cast<size_t>(num_distances_);
@@ -103,11 +100,11 @@ void Predictor::Predict(int32_t layer) {
   from.scores.resize(from.base.size());
   from.predicted_pass = pass_;
   for (size_t distance = 1; distance <= num_distances; ++distance) {
-    const NeedCalibration& calibration = state_.calibrations[state_.Pair(index, distance)];
+    const NeedCalibration& calibration = state_.calibrations[state_.Pair(layer, distance)];
     float* need = need_.data() + (distance - 1) * num_experts_;
     std::fill_n(need, num_experts_, 1.0f);  // that no row needs it
     for (size_t row = 0; row < num_rows_; ++row) {
-      PredictRow(index, distance, row);
+      PredictRow(layer, distance, row);
       const std::span<const float> scores = Block(from.scores, distance, row);
       for (size_t e = 0; e < num_experts_; ++e)
         need[e] *= 1.0f - calibration.Probability(scores[e]);
@@ -116,9 +113,9 @@ void Predictor::Predict(int32_t layer) {
   }
 }
 
-void Predictor::PredictRow(size_t layer, size_t distance, size_t row) {
-  Layer& from = layers_[layer];
-  const size_t target = layer + distance;
+void Predictor::PredictRow(int32_t layer, size_t distance, size_t row) {
+  Layer& from = At(layer);
+  const auto target = static_cast<size_t>(layer + static_cast<int32_t>(distance));
   const std::span<float> base = Block(from.base, distance, row);
   const float own_deviation = Margins(target, from, row, base);
   const float seen_deviation = state_.deviations[target];
@@ -129,27 +126,29 @@ void Predictor::PredictRow(size_t layer, size_t distance, size_t row) {
 }
 
 void Predictor::Learn(int32_t layer) {
-  const size_t index = Checked(layer);
+  CheckObserved(layer, 0);
+  Layer& seen = At(layer);
   for (size_t row = 0; row < num_rows_; ++row) {
-    if (layers_[index].lengths[row] > 0.0f) LearnRow(index, row);
+    if (seen.lengths[row] > 0.0f) LearnRow(layer, row);
   }
-  Layer& seen = layers_[index];
   for (size_t sequence = 0; sequence < num_sequences_; ++sequence) {
     const size_t last_row = (sequence + 1) * rows_per_sequence_ - 1;
     std::ranges::copy(Direction(seen, last_row), seen.previous.data() + sequence * hidden_);
   }
 }
 
-void Predictor::LearnRow(size_t layer, size_t row) {
-  SetTargets(layer, row);
-  const size_t num_distances = std::min(static_cast<size_t>(config_.max_distance), layer);
-  for (size_t distance = 1; distance <= num_distances; ++distance) {
-    Layer& from = layers_[layer - distance];
+void Predictor::LearnRow(int32_t layer, size_t row) {
+  const auto index = static_cast<size_t>(layer);
+  SetTargets(index, row);
+  const int32_t farthest = std::max(kTokenStart, layer - config_.max_distance);
+  for (int32_t source = layer - 1; source >= farthest; --source) {
+    Layer& from = At(source);
     if (from.predicted_pass != pass_ || from.lengths[row] == 0.0f) continue;
-    const size_t pair = state_.Pair(layer - distance, distance);
+    const auto distance = static_cast<size_t>(layer - source);
+    const size_t pair = state_.Pair(source, distance);
     const std::span<const float> base = Block(from.base, distance, row);
     const std::span<float> scores = Block(from.scores, distance, row);
-    FillFeatures(Direction(from, row), Previous(layer, row, true), layer, row);
+    FillFeatures(Direction(from, row), Previous(index, row, true), index, row);
     // With one row nothing was learned since Predict, so its scores still hold.
     if (num_rows_ > 1) Model(pair).Score(features_, base, scores);
     CalibrationStep step;
@@ -159,11 +158,11 @@ void Predictor::LearnRow(size_t layer, size_t row) {
     step.Apply(state_.calibrations[pair]);
     Model(pair).Learn(features_, base, targets_, scores);
   }
-  RememberToken(layer, row);
+  RememberToken(index, row);
 }
 
 void Predictor::SetTargets(size_t layer, size_t row) {
-  const float own_deviation = Margins(layer, layers_[layer], row, margins_);
+  const float own_deviation = Margins(layer, sources_[layer + 1], row, margins_);
   float& deviation = state_.deviations[layer];
   float& num_tokens = state_.num_tokens[layer];
   num_tokens += 1.0f;
@@ -224,7 +223,7 @@ std::span<const float> Predictor::need(int32_t distance) const {
 
 std::span<const float> Predictor::scores(int32_t distance) const {
   const size_t size = need(distance).size() * num_rows_;
-  const Layer& from = layers_[static_cast<size_t>(last_layer_)];
+  const Layer& from = At(last_layer_);
   return {from.scores.data() + static_cast<size_t>(distance - 1) * size, size};
 }
 
@@ -241,12 +240,15 @@ void Predictor::Rank(int32_t distance, std::span<int32_t> experts) const {
   std::copy(order.begin(), end, experts.begin());
 }
 
-size_t Predictor::Checked(int32_t layer) const {
-  if (layer < 0 || layer >= config_.num_layers ||
-      layers_[static_cast<size_t>(layer)].pass != pass_) {
-    throw std::logic_error("layer " + std::to_string(layer) + " was not observed in this pass");
-  }
-  return static_cast<size_t>(layer);
+void Predictor::CheckLayer(int32_t layer, int32_t first) const {
+  if (layer >= first && layer < config_.num_layers) return;
+  throw std::out_of_range("layer " + std::to_string(layer) + " is not one of the predictor's " +
+                          std::to_string(num_layers_));
+}
+
+void Predictor::CheckObserved(int32_t layer, int32_t first) const {
+  if (layer >= first && layer < config_.num_layers && At(layer).pass == pass_) return;
+  throw std::logic_error("layer " + std::to_string(layer) + " was not observed in this pass");
 }
 
 std::span<const float> Predictor::Direction(const Layer& layer, size_t row) const {
@@ -255,7 +257,7 @@ std::span<const float> Predictor::Direction(const Layer& layer, size_t row) cons
 
 // Empty if unknown: within a pass the row before is known at `target` only once that has run.
 std::span<const float> Predictor::Previous(size_t target, size_t row, bool is_known) const {
-  const Layer& layer = layers_[target];
+  const Layer& layer = sources_[target + 1];
   if (row % rows_per_sequence_ == 0) {
     return {layer.previous.data() + row / rows_per_sequence_ * hidden_, hidden_};
   }

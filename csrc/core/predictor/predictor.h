@@ -19,7 +19,8 @@ struct RouterWeights {
 
 // Foresees at an MoE layer which experts later layers will need, and learns while it runs.
 //
-// For layer l, distance d, target layer j = l + d, and a token with router input h at l:
+// For layer l, distance d, target layer j = l + d, and a token with router input h at l, where
+// layer kTokenStart stands for the embedding, whose distance 1 is layer 0:
 //
 //   score = gain * pre-gate + weights x
 //   pre-gate = margin of the family's routing on W[j] h, in standard deviations
@@ -31,10 +32,11 @@ struct RouterWeights {
 // deviations)). docs/prediction.md has sources and measurements.
 //
 // A *pass* is one forward pass over rows (tokens) of one or more sequences, sequence by sequence.
-// For each of its layers, in order: Observe, then Predict and Learn in either order. In a pass with
-// several rows a sequence, all rows are predicted as of the weights before the pass and without the
-// unknown h'; they are learned from in order, with h', as if they had come one by one. Not
-// thread-safe.
+// For each of its layers, in order: Observe, then Predict and Learn in either order; before them
+// Observe and Predict of kTokenStart, or not: then nothing is learned of it in this pass. In a pass
+// with several rows a sequence, all rows are predicted as of the weights before the pass and
+// without the unknown h'; they are learned from in order, with h', as if they had come one by one.
+// Not thread-safe.
 class Predictor {
  public:
   // Throws std::invalid_argument if sizes do not fit.
@@ -44,7 +46,8 @@ class Predictor {
   // those of the last pass if it had as many sequences.
   void BeginPass(int32_t num_sequences, int32_t rows_per_sequence, std::span<const int64_t> tokens);
 
-  // Takes the router inputs [rows, hidden] of `layer`. Rows that are not finite teach nothing.
+  // Takes the router inputs [rows, hidden] of `layer`, or the embeddings, in units of their root
+  // mean square as a norm would give them on. Rows that are not finite teach nothing.
   void Observe(int32_t layer, std::span<const float> hidden);
 
   // Scores the layers behind `layer`, which was observed in this pass.
@@ -79,13 +82,18 @@ class Predictor {
     std::vector<float> previous;    // [sequences, hidden], directions at the end of the last pass
   };
 
-  size_t Checked(int32_t layer) const;
+  void CheckLayer(int32_t layer, int32_t first) const;
+  void CheckObserved(int32_t layer, int32_t first) const;
+  Layer& At(int32_t layer) { return sources_[static_cast<size_t>(layer - kTokenStart)]; }
+  const Layer& At(int32_t layer) const {
+    return sources_[static_cast<size_t>(layer - kTokenStart)];
+  }
   std::span<const float> Direction(const Layer& layer, size_t row) const;
   std::span<const float> Previous(size_t target, size_t row, bool is_known) const;
   std::span<float> Block(std::vector<float>& values, size_t distance, size_t row) const;
   float Margins(size_t layer, const Layer& from, size_t row, std::span<float> margins);
-  void PredictRow(size_t layer, size_t distance, size_t row);
-  void LearnRow(size_t layer, size_t row);
+  void PredictRow(int32_t layer, size_t distance, size_t row);
+  void LearnRow(int32_t layer, size_t row);
   void SetTargets(size_t layer, size_t row);
   void FillFeatures(std::span<const float> direction, std::span<const float> previous,
                     size_t target, size_t row);
@@ -100,7 +108,7 @@ class Predictor {
   size_t num_sequences_ = 0, rows_per_sequence_ = 0, num_rows_ = 0;
   int64_t pass_ = 0;
   std::vector<int64_t> buckets_;  // of the pass's rows; empty if unknown
-  std::vector<Layer> layers_;
+  std::vector<Layer> sources_;    // of the embedding, then of each layer
   int32_t num_distances_ = 0, last_layer_ = 0;
   std::vector<float> need_;                          // [distances, experts]
   std::vector<float> features_, margins_, targets_;  // of one row

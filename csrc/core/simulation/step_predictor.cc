@@ -5,6 +5,22 @@
 #include <stdexcept>
 
 namespace expertflow {
+namespace {
+
+// Row `row` of [rows, distances, candidates].
+void Append(const RecordedPredictions& recorded, const uint16_t* ids, const uint16_t* need_q16,
+            int64_t row, int32_t max_distance, std::vector<Prediction>& out) {
+  auto i = static_cast<size_t>(row) *
+           static_cast<size_t>(recorded.num_distances * recorded.num_candidates);
+  for (int32_t d = 1; d <= std::min(max_distance, recorded.num_distances); ++d) {
+    for (int32_t c = 0; c < recorded.num_candidates; ++c, ++i) {
+      const float need = static_cast<float>(need_q16[i]) * (1.0F / 65535.0F);
+      if (need > 0.0F) out.push_back({d, ids[i], need});
+    }
+  }
+}
+
+}  // namespace
 
 void OraclePredictor::Predict(int64_t step, int32_t max_distance, std::vector<Prediction>& out) {
   for (int32_t d = 1; d <= max_distance && step + d < trace_.num_steps(); ++d) {
@@ -21,15 +37,16 @@ RecordedPredictor::RecordedPredictor(const TraceView& trace) : trace_(trace) {
 void RecordedPredictor::Predict(int64_t step, int32_t max_distance, std::vector<Prediction>& out) {
   const RecordedPredictions& recorded = trace_.predictions;
   const int32_t layers_left = trace_.num_layers - 1 - trace_.LayerOf(step);
-  const int32_t farthest = std::min({max_distance, recorded.num_distances, layers_left});
-  auto i = static_cast<size_t>(step) *
-           static_cast<size_t>(recorded.num_distances * recorded.num_candidates);
-  for (int32_t d = 1; d <= farthest; ++d) {
-    for (int32_t c = 0; c < recorded.num_candidates; ++c, ++i) {
-      const float need = static_cast<float>(recorded.need_q16[i]) * (1.0F / 65535.0F);
-      if (need > 0.0F) out.push_back({d, recorded.expert_ids[i], need});
-    }
-  }
+  Append(recorded, recorded.expert_ids, recorded.need_q16, step,
+         std::min(max_distance, layers_left), out);
+}
+
+void RecordedPredictor::PredictToken(int64_t step, int32_t max_distance,
+                                     std::vector<Prediction>& out) {
+  const RecordedPredictions& recorded = trace_.predictions;
+  if (recorded.first_expert_ids == nullptr) return;
+  Append(recorded, recorded.first_expert_ids, recorded.first_need_q16, step / trace_.num_layers,
+         std::min(max_distance, trace_.num_layers), out);
 }
 
 }  // namespace expertflow

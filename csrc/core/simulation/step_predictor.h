@@ -17,6 +17,10 @@ class StepPredictor {
   // the more probable expert first. Called after Learn(step).
   virtual void Predict(int64_t step, int32_t max_distance, std::vector<Prediction>& out) = 0;
 
+  // The same for the steps of the token that begins now, `step` being its first one, whose distance
+  // is 1. Called before Learn(step). A predictor that knew it before appends nothing.
+  virtual void PredictToken(int64_t, int32_t, std::vector<Prediction>&) {}
+
   // The routing of `step`, which is the one after the last, is known now.
   virtual void Learn(int64_t) {}
 };
@@ -37,6 +41,7 @@ class RecordedPredictor : public StepPredictor {
   // Throws std::invalid_argument if the trace holds no predictions.
   explicit RecordedPredictor(const TraceView& trace);
   void Predict(int64_t step, int32_t max_distance, std::vector<Prediction>& out) override;
+  void PredictToken(int64_t step, int32_t max_distance, std::vector<Prediction>& out) override;
 
  private:
   TraceView trace_;

@@ -140,10 +140,6 @@ __device__ ElementPair<typename Layout::Scalar> LoadBias(const Params& params, c
   return bias[min(pair, params.num_outputs / 2 - 1)];
 }
 
-// Tokens whose sums are added up at once, so that these take no more than 10 KiB beside the ring.
-template <int kTokens>
-constexpr int kReducedTokens = kTokens < 4 ? kTokens : 4;
-
 // Sums of a token in a block's warps, before they are added up.
 template <class Layout>
 using WarpSums = float[Layout::kWarps][Layout::kTileColumns];
@@ -182,30 +178,24 @@ __device__ void FinishColumns(const Params& params, const Pass& pass, int pair_i
       params, pass, pair_in_pass, pair, __fadd_rn(total.x, bias.x), __fadd_rn(total.y, bias.y));
 }
 
-// Adds up over the rows, a few tokens at a time. A thread finishes the same columns of each.
+// Adds up over the rows. Every thread finishes two columns of one token, or nothing.
 template <class Layout, int kTokens, Stage kStage>
 __device__ void ReduceTile(const Params& params, const Pass& pass, int tile,
                            const ElementPair<typename Layout::Scalar>& bias,
                            const float (&sums)[kTokens][kChunkElements<typename Layout::Scalar>],
                            WarpSums<Layout>* warp_sums) {
   constexpr int kPairs = Layout::kTilePairs;
-  static_assert(kReducedTokens<kTokens> * kPairs <= Layout::kThreads);
-  const int token = static_cast<int>(threadIdx.x) / kPairs;
+  static_assert(kTokens * kPairs <= Layout::kThreads);
+  __syncthreads();  // what the last tile left there has been read
 #pragma unroll
-  for (int first = 0; first < kTokens; first += kReducedTokens<kTokens>) {
-    if (first >= pass.num_pairs) break;
-    __syncthreads();  // what was there has been read
-#pragma unroll
-    for (int i = 0; i < kReducedTokens<kTokens>; ++i) {
-      if (first + i < pass.num_pairs) StoreWarpSums<Layout>(sums[first + i], warp_sums[i]);
-    }
-    __syncthreads();
-    if (token < min(kReducedTokens<kTokens>, pass.num_pairs - first)) {
-      FinishColumns<Layout, kStage>(params, pass, first + token, tile,
-                                    static_cast<int>(threadIdx.x) % kPairs, bias.Unpack(),
-                                    warp_sums[token]);
-    }
+  for (int token = 0; token < kTokens; ++token) {
+    if (token < pass.num_pairs) StoreWarpSums<Layout>(sums[token], warp_sums[token]);
   }
+  __syncthreads();
+  const int token = static_cast<int>(threadIdx.x) / kPairs;
+  if (token >= pass.num_pairs) return;
+  FinishColumns<Layout, kStage>(params, pass, token, tile, static_cast<int>(threadIdx.x) % kPairs,
+                                bias.Unpack(), warp_sums[token]);
 }
 
 template <class Scalar, int kTokens, Stage kStage>
@@ -250,6 +240,6 @@ __global__ void __launch_bounds__(ColumnLayout<Scalar, kStage>::kThreads,
 template <class Scalar, int kTokens>
 constexpr size_t kColumnSharedBytes =
     kRingBytes<ColumnLayout<Scalar, Stage::kGateUp>> +
-    kReducedTokens<kTokens> * sizeof(WarpSums<ColumnLayout<Scalar, Stage::kGateUp>>);
+    kTokens * sizeof(WarpSums<ColumnLayout<Scalar, Stage::kGateUp>>);
 
 }  // namespace expertflow::mlp

@@ -57,6 +57,7 @@ class Arena {
 size_t PlaceArrays(View& view, DType router_dtype, const RouterWeights& routers, size_t num_pairs,
                    size_t list_size, std::byte* data) {
   const auto layers = static_cast<size_t>(view.num_layers);
+  const size_t sources = SourceOf(view.num_layers);
   const auto experts = static_cast<size_t>(view.rule.num_experts);
   const auto hidden = static_cast<size_t>(view.hidden);
   const auto features = static_cast<size_t>(view.num_features);
@@ -78,14 +79,14 @@ size_t PlaceArrays(View& view, DType router_dtype, const RouterWeights& routers,
   arena.Take(view.token_counts, layers * buckets);
   arena.Take(view.deviations, layers);
   arena.Take(view.num_tokens, layers);
-  arena.Take(view.facts, layers);
-  arena.Take(view.directions, layers * hidden);
+  arena.Take(view.facts, sources);
+  arena.Take(view.directions, sources * hidden);
   arena.Take(view.rest, layers * (features - hidden));
   arena.Take(view.margins, layers * experts);
   arena.Take(view.targets, layers * experts);
-  arena.Take(view.base, layers * distances * experts);
-  arena.Take(view.scores, layers * distances * experts);
-  arena.Take(view.schedules, layers * distances);
+  arena.Take(view.base, sources * distances * experts);
+  arena.Take(view.scores, sources * distances * experts);
+  arena.Take(view.schedules, sources * distances);
   arena.Take(view.previous, layers * hidden);
   arena.Take(view.partial, (distances + 1) * static_cast<size_t>(view.max_parts) * experts);
   arena.Take(view.tickets, distances + 1);

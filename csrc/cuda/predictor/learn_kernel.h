@@ -23,7 +23,8 @@ class LearnBlock {
         view_(params.view),
         shared_(shared),
         num_experts_(static_cast<size_t>(params.view.rule.num_experts)),
-        layer_(static_cast<size_t>(params.layer)) {}
+        layer_(static_cast<size_t>(params.layer)),
+        source_(SourceOf(params.layer)) {}
 
   // Experts' weights += coefficient * x.
   __device__ void UpdateWeights(int block) const {
@@ -39,7 +40,7 @@ class LearnBlock {
         reinterpret_cast<uint4*>(view_.weights + row * static_cast<size_t>(view_.num_features));
     RowPart part;
     part.Load(weights, range, is_expert);
-    const size_t from = layer_ - static_cast<size_t>(params_.distances[index]);
+    const size_t from = source_ - static_cast<size_t>(params_.distances[index]);
     const float coefficient = is_expert ? Coefficient(index, expert) : 0;
     FillFeatures(from, range);
     __syncthreads();
@@ -48,7 +49,7 @@ class LearnBlock {
 
   // Calibration and gain of a pair; thread e adds expert e.
   __device__ void UpdateScalars(int index) const {
-    const size_t from = layer_ - static_cast<size_t>(params_.distances[index]);
+    const size_t from = source_ - static_cast<size_t>(params_.distances[index]);
     if (!Teaches(from)) return;
     const auto pair = static_cast<size_t>(params_.pairs[index]);
     NeedCalibration calibration = view_.calibrations[pair];
@@ -77,11 +78,11 @@ class LearnBlock {
 
   // The mean target of the token's id, and the direction as that of the token before.
   __device__ void Remember() const {
-    const LayerFacts facts = view_.facts[layer_];
+    const LayerFacts facts = view_.facts[source_];
     const auto hidden = static_cast<size_t>(view_.hidden);
 #pragma unroll 4
     for (size_t i = threadIdx.x; i < hidden; i += kThreads) {
-      view_.previous[layer_ * hidden + i] = view_.directions[layer_ * hidden + i];
+      view_.previous[layer_ * hidden + i] = view_.directions[source_ * hidden + i];
     }
     if (facts.bucket < 0 || facts.length <= 0) return;
     const size_t row =
@@ -98,18 +99,18 @@ class LearnBlock {
 
  private:
   __device__ bool Teaches(size_t from) const {
-    return view_.facts[layer_].length > 0 && view_.facts[from].length > 0;
+    return view_.facts[source_].length > 0 && view_.facts[from].length > 0;
   }
 
-  // Of what the pair foresaw, [L, max_distance].
+  // Of what the pair foresaw, [1 + L, max_distance].
   __device__ size_t Row(int index) const {
     const auto distance = static_cast<size_t>(params_.distances[index]);
-    return (layer_ - distance) * static_cast<size_t>(view_.max_distance) + distance - 1;
+    return (source_ - distance) * static_cast<size_t>(view_.max_distance) + distance - 1;
   }
 
   __device__ float Coefficient(int index, int expert) const {
     const size_t row = Row(index);
-    const float power = 1.0f + view_.facts[layer_].rest_power;  // |h/|h|| is 1
+    const float power = 1.0f + view_.facts[source_].rest_power;  // |h/|h|| is 1
     const float step = ScoreScalars::WeightStep(view_.schedules[row], power);
     const float score = view_.scores[row * num_experts_ + static_cast<size_t>(expert)];
     const float target = view_.targets[layer_ * num_experts_ + static_cast<size_t>(expert)];
@@ -148,7 +149,8 @@ class LearnBlock {
   const View& view_;
   LearnShared& shared_;
   size_t num_experts_;
-  size_t layer_;
+  size_t layer_;  // whose token taught, and as what it is a source
+  size_t source_;
 };
 
 }  // namespace expertflow::predictor

@@ -1,8 +1,10 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/host_device.h"
 #include "core/ids.h"
 #include "core/predictor/learned_state.h"
 
@@ -28,6 +30,11 @@ struct LayerFacts {
   int32_t bucket;    // of the token id; -1: not known
 };
 
+// The embedding, layer kTokenStart, is source 0, then come the layers.
+EXPERTFLOW_HD constexpr size_t SourceOf(int layer) {
+  return static_cast<size_t>(layer - kTokenStart);
+}
+
 // Arrays in device memory, one row (token) a pass.
 struct View {
   RoutingRule rule;
@@ -52,14 +59,14 @@ struct View {
 
   // For the update, from the prediction of the same pass. `rest` is what follows h/|h| in the
   // features of a pair whose target the layer is: it changes while others still read it.
-  LayerFacts* facts;  // [L]
-  float* directions;  // [L, H]
+  LayerFacts* facts;  // [1 + L] by source
+  float* directions;  // [1 + L, H]
   float* rest;        // [L, N - H]
   float* margins;     // [L, E]
   float* targets;     // [L, E]
-  float* base;        // [L, max_distance, E]
-  float* scores;      // [L, max_distance, E]
-  float* schedules;   // [L, max_distance]
+  float* base;        // [1 + L, max_distance, E]
+  float* scores;      // [1 + L, max_distance, E]
+  float* schedules;   // [1 + L, max_distance]
 
   float* previous;  // [L, H] directions of the pass before
 

@@ -109,6 +109,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const PredictWork work(params);
   if (!work.is_there) return;
   Features features(params);
+  if (work.distance == 0 && params.layer < 0) {  // an embedding routes nothing
+    if (work.part > 0 || work.group > 0) return;
+    const float length = features.MeasureLength(shared.sums);
+    Summary(params, shared.summary, features, length, 0).KeepInputs();
+    return;
+  }
   const float length = SumPartOf<RouterScalar>(params, shared, work, features);
   const int num_blocks = NumGroups(params.view) * NumParts(params.split, work.distance);
   if (!IsLast(params.view.tickets + work.distance, num_blocks, shared.ticket)) return;

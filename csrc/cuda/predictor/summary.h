@@ -62,12 +62,15 @@ class Summary {
     view_.targets[at] = Logistic(sharpness * margin.value);
   }
 
-  // What the update needs of this token; all threads call it.
+  // What the update needs of this token; all threads call it. An embedding is no target: nothing
+  // follows its direction.
   __device__ void KeepInputs() const {
-    const auto layer = static_cast<size_t>(params_.layer);
-    const int hidden = view_.hidden, num_features = view_.num_features;
-    float* directions = view_.directions + layer * static_cast<size_t>(hidden);
-    float* rest = view_.rest + layer * static_cast<size_t>(num_features - hidden);
+    const size_t source = SourceOf(params_.layer);
+    const auto layer = static_cast<size_t>(max(params_.layer, 0));
+    const int hidden = view_.hidden;
+    const int num_features = params_.layer < 0 ? hidden : view_.num_features;
+    float* directions = view_.directions + source * static_cast<size_t>(hidden);
+    float* rest = view_.rest + layer * static_cast<size_t>(view_.num_features - hidden);
     float power = 0;
 #pragma unroll 2
     for (int i = 4 * expert_; i < num_features; i += 4 * kThreads) {
@@ -80,12 +83,13 @@ class Summary {
       }
     }
     power = BlockSum(power, shared_.router.sums);
-    if (expert_ == 0) view_.facts[layer] = {length_, power, features_.Bucket()};
+    if (expert_ == 0) view_.facts[source] = {length_, power, features_.Bucket()};
   }
 
   // Scores and needs of a later layer, and what of it to prefetch.
   __device__ void Foresee() const {
-    const size_t row = static_cast<size_t>(params_.layer * view_.max_distance + distance_ - 1);
+    const size_t row = SourceOf(params_.layer) * static_cast<size_t>(view_.max_distance) +
+                       static_cast<size_t>(distance_ - 1);
     const auto pair = static_cast<size_t>(params_.first_pair + distance_ - 1);
     const ScoreScalars scalars = view_.scalars[pair];
     const NeedCalibration calibration = view_.calibrations[pair];

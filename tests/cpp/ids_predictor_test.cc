@@ -32,7 +32,7 @@ bool Needs(const TestTrace& trace, int64_t step, int32_t expert) {
 }
 
 // Tokens of 40 kinds, at random; each kind has its own experts at every layer, and layer 0 alone
-// does not tell them apart. Frequency knows nothing: the kinds use all experts about equally.
+// does not tell them apart.
 TestTrace KindsOfTokens(int64_t num_tokens) {
   constexpr int32_t kLayers = 6, kTopK = 2, kExperts = 16, kKinds = 40;
   std::mt19937 random(7);
@@ -68,7 +68,13 @@ TEST(IdsPredictorTest, LearnsWhatFollowsAlsoOverTheEndOfAToken) {
 
 TEST(IdsPredictorTest, RecognisesTokensThatFrequencyCannotTellApart) {
   const TestTrace trace = KindsOfTokens(2500);
-  int64_t num_found = 0, num_needed = 0;
+  // The most used experts of each layer, counted over the whole trace: the best frequency can do.
+  std::vector<std::vector<int32_t>> uses(6, std::vector<int32_t>(16));
+  for (int64_t step = 0; step < trace.view().num_steps(); ++step) {
+    auto& layer = uses[static_cast<size_t>(trace.view().LayerOf(step))];
+    for (const uint16_t expert : trace.view().experts(step)) ++layer[expert];
+  }
+  int64_t num_found = 0, num_most_used = 0, num_needed = 0;
   ForEachForeseen(trace, 6 * 500, [&](int64_t step, const std::vector<Prediction>& predictions) {
     if (trace.view().LayerOf(step) != 2) return;
     for (int32_t d = 1; d <= kMaxDistance; ++d) {
@@ -77,10 +83,17 @@ TEST(IdsPredictorTest, RecognisesTokensThatFrequencyCannotTellApart) {
         num_found += Needs(trace, step + d, best->expert);
         ++num_needed;
       }
+      auto layer = uses[static_cast<size_t>(trace.view().LayerOf(step + d))];
+      for (int32_t rank = 0; rank < 2; ++rank) {
+        const auto most = std::ranges::max_element(layer);
+        num_most_used += Needs(trace, step + d, static_cast<int32_t>(most - layer.begin()));
+        *most = 0;
+      }
     }
   });
-  // Frequency alone finds a fifth or so. Three layers tell nearly all kinds apart.
+  // Three layers tell nearly all kinds apart.
   EXPECT_GT(static_cast<double>(num_found), 0.97 * static_cast<double>(num_needed));
+  EXPECT_LT(static_cast<double>(num_most_used), 0.5 * static_cast<double>(num_needed));
 }
 
 TEST(IdsPredictorTest, NeedIsHowOftenItComesTrue) {

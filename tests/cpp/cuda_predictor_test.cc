@@ -183,6 +183,7 @@ class Device {
 
   void EnqueuePass(int32_t num_layers) {
     predictor_.BeginPass(stream_.get());
+    Observe(kTokenStart);
     for (int32_t layer = 0; layer < num_layers; ++layer) {
       Observe(layer);
       predictor_.Learn(layer, stream_.get());

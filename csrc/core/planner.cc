@@ -55,7 +55,7 @@ int64_t Planner::MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope) {
 
 int32_t Planner::staging_slots(int32_t layer) const {
   const SlotRange range = RangeOf(planning_, layer);
-  return std::max(config_.top_k, (range.end - range.begin) / 8);
+  return std::max(config_.top_k, std::min(kMaxStagingSlots, (range.end - range.begin) / 8));
 }
 
 const Plan* Planner::PlanLayer(int32_t layer, std::span<const int64_t> expert_ids,

@@ -87,7 +87,9 @@ class Planner {
     layer_bias_[static_cast<size_t>(layer)] = bias;
   }
 
-  // How many resident experts one layer of a long prompt may displace.
+  // How many resident experts a long prompt may displace: enough to keep a link busy while experts
+  // that have arrived are computed, as measured (bench/cuda/prefill.py); more gains nothing.
+  static constexpr int32_t kMaxStagingSlots = 16;
   int32_t staging_slots(int32_t layer) const;
 
  private:

@@ -189,6 +189,15 @@ TEST(PlannerTest, ALongPromptDoesNotWashOutTheDecodeCache) {
   for (int32_t e = 0; e < 32; ++e) EXPECT_NE(f.SlotOf({0, e}), SlotId::kNone) << e;
 }
 
+TEST(PlannerTest, APromptTakesNoMoreOfALargeCacheThanItsTransfersNeed) {
+  Fixture f(1, 1024, 512, kLruTop2);
+  for (int64_t e = 0; e < 512; ++e) f.Run(0, {e});
+  f.Run(0, Range(512, 1024), kMaxDecodeTokens + 1);
+  for (int32_t e = Planner::kMaxStagingSlots; e < 512; ++e) {
+    EXPECT_NE(f.SlotOf({0, e}), SlotId::kNone) << "expert " << e << " was washed out";
+  }
+}
+
 TEST(PlannerTest, APromptFillsEmptySlotsBeyondTheStagingSlots) {
   Fixture f(1, 64, 32, kLruTop2);
   EXPECT_EQ(f.Run(0, Range(0, 32), 100)->num_waves, 1);

@@ -146,7 +146,8 @@ class ReferencePlanner {
   int32_t staging_slots() const {
     const auto num_slots = static_cast<int32_t>(slots_.size());
     const bool shared = config_.scope == CacheScope::kGlobal;
-    return std::max(config_.top_k, (shared ? num_slots : num_slots / num_layers_) / 8);
+    const int32_t eighth = (shared ? num_slots : num_slots / num_layers_) / 8;
+    return std::max(config_.top_k, std::min(16, eighth));
   }
 
   bool MayTake(int32_t layer, SlotId slot) const {

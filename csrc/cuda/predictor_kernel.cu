@@ -90,12 +90,17 @@ PredictorLaunch PreparePredictor(DType router_dtype) {
 
 void LaunchPredict(PredictParams params, const PredictorLaunch& launch, cudaStream_t stream) {
   const auto num_blocks = [&](const Split& split) {
-    return NumGroups(params.view) *
+    return NumGroupBlocks(params.view, split) *
            (NumParts(split, 0) + params.num_distances * NumParts(split, 1));
   };
   params.split = ChooseSplit(params.view, launch, num_blocks);
+  // Blocks that have to wait for others would have nothing under way meanwhile.
+  while (num_blocks(params.split) > launch.num_resident_blocks &&
+         params.split.groups_per_block < NumGroups(params.view)) {
+    ++params.split.groups_per_block;
+  }
   const dim3 blocks(static_cast<unsigned>(NumParts(params.split, 1)),
-                    static_cast<unsigned>(NumGroups(params.view)),
+                    static_cast<unsigned>(NumGroupBlocks(params.view, params.split)),
                     static_cast<unsigned>(params.num_distances) + 1);
   Launch(PredictKernelFor(launch.router_dtype), blocks, &params, stream);
 }

@@ -80,10 +80,12 @@ struct View {
   int32_t* prefetch_counts;  // [max_distance]
 };
 
-// How rows are cut into parts of at most 32 * kMaxLoads chunks of 16 bytes; one warp takes one.
+// How rows are cut into parts of at most 32 * kMaxLoads chunks of 16 bytes. A warp takes the same
+// part of an expert of each of some groups of kWarps experts, one after the other.
 struct Split {
   int32_t weight_parts, weight_part_chunks;
   int32_t router_parts, router_part_chunks;
+  int32_t groups_per_block = 1;
 };
 
 struct PredictParams {

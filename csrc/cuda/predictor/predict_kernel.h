@@ -5,9 +5,9 @@
 #include "cuda/predictor/row_part.h"
 #include "cuda/predictor/summary.h"
 
-// One pass over the weights: a block takes the same part of the rows of kWarps experts, a warp
-// each, and the block that ends last for a distance makes scores and needs of the sums. Distance 0
-// is the layer itself: how it routes, from which the update learns.
+// One pass over the weights: a block takes the same part of the rows of some groups of kWarps
+// experts, a warp each, and the block that ends last for a distance makes scores and needs of the
+// sums. Distance 0 is the layer itself: how it routes, from which the update learns.
 
 namespace expertflow::predictor {
 
@@ -18,48 +18,57 @@ struct PredictShared {
   unsigned ticket;
 };
 
-// Blocks are [distances, groups of experts, parts], the weights' parts before the routers'. The
+// Blocks are [distances, blocks of groups, parts], the weights' parts before the routers'. The
 // last distance is 0, which has no weights.
 struct PredictWork {
   int distance;
-  int group;
+  int first_group;
+  int end_group;
   int part;
   bool is_there;
 
   __device__ explicit PredictWork(const PredictParams& params) {
     const auto plane = static_cast<int>(blockIdx.z);
     distance = plane < params.num_distances ? plane + 1 : 0;
-    group = static_cast<int>(blockIdx.y);
+    first_group = static_cast<int>(blockIdx.y) * params.split.groups_per_block;
+    end_group = min(first_group + params.split.groups_per_block, NumGroups(params.view));
     part = static_cast<int>(blockIdx.x);
     is_there = part < NumParts(params.split, distance);
   }
 };
 
-// A part of the rows of a group of experts, `matrix` [experts, num_chunks of 16 bytes].
+// A part of the rows of groups of experts, `matrix` [experts, num_chunks of 16 bytes].
 template <class Scalar>
 __device__ float SumPart(const PredictParams& params, PredictShared& shared,
                          const PredictWork& work, Features& features, const void* matrix,
                          int num_chunks, const ChunkRange& range) {
   constexpr int kFours = mlp::kChunkElements<Scalar> / 4;
-  const int expert = work.group * kWarps + static_cast<int>(threadIdx.x / 32);
-  const bool is_expert = expert < params.view.rule.num_experts;
+  const auto thread = static_cast<int>(threadIdx.x);
+  const auto expert_of = [&](int group) { return group * kWarps + thread / 32; };
+  const auto is_expert = [&](int group) {
+    return group < work.end_group && expert_of(group) < params.view.rule.num_experts;
+  };
+  const auto row_of = [&](int group) {
+    return static_cast<const uint4*>(matrix) + size_t(expert_of(group)) * size_t(num_chunks);
+  };
   RowPart weights;
-  weights.Load(static_cast<const uint4*>(matrix) + size_t(expert) * size_t(num_chunks), range,
-               is_expert);
+  weights.Load(row_of(work.first_group), range, is_expert(work.first_group));
   const int target = params.layer + work.distance;
   const int first = range.begin * kFours, count = (range.end - range.begin) * kFours;
   const int num_directions = params.view.hidden / 4;
   auto* x = reinterpret_cast<float4*>(shared.x);
-  const auto thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < count; i += kThreads) x[i] = features.Raw4(target, 4 * (first + i));
   const float length = features.MeasureLength(shared.sums);
   for (int i = thread; i < count && first + i < num_directions; i += kThreads) {
     x[i] = features.ToDirection(x[i]);
   }
   __syncthreads();
-  const float sum = WarpSum(weights.Dot<Scalar>(shared.x, range));
-  if (thread % 32 == 0 && is_expert) {
-    params.view.partial[PartialRow(params, work.distance, work.part) + size_t(expert)] = sum;
+  float* sums = params.view.partial + PartialRow(params, work.distance, work.part);
+#pragma unroll 1
+  for (int group = work.first_group; group < work.end_group; ++group) {
+    const float sum = WarpSum(
+        weights.DotAndLoad<Scalar>(shared.x, range, row_of(group + 1), is_expert(group + 1)));
+    if (thread % 32 == 0 && is_expert(group)) sums[expert_of(group)] = sum;
   }
   return length;
 }
@@ -110,13 +119,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (!work.is_there) return;
   Features features(params);
   if (work.distance == 0 && params.layer < 0) {  // an embedding routes nothing
-    if (work.part > 0 || work.group > 0) return;
+    if (work.part > 0 || work.first_group > 0) return;
     const float length = features.MeasureLength(shared.sums);
     Summary(params, shared.summary, features, length, 0).KeepInputs();
     return;
   }
   const float length = SumPartOf<RouterScalar>(params, shared, work, features);
-  const int num_blocks = NumGroups(params.view) * NumParts(params.split, work.distance);
+  const int num_blocks =
+      NumGroupBlocks(params.view, params.split) * NumParts(params.split, work.distance);
   if (!IsLast(params.view.tickets + work.distance, num_blocks, shared.ticket)) return;
   const Summary summary(params, shared.summary, features, length, work.distance);
   if (work.distance == 0) {

@@ -11,6 +11,11 @@ __host__ __device__ inline int NumGroups(const View& view) {
   return (view.rule.num_experts + kWarps - 1) / kWarps;
 }
 
+// Blocks that share the groups of experts.
+__host__ __device__ inline int NumGroupBlocks(const View& view, const Split& split) {
+  return (NumGroups(view) + split.groups_per_block - 1) / split.groups_per_block;
+}
+
 __host__ __device__ inline int NumParts(const Split& split, int distance) {
   return split.router_parts + (distance > 0 ? split.weight_parts : 0);
 }

@@ -75,26 +75,25 @@ def first_layer_prefetches(model):
     return model.expert_cache.statistics()["layers"][0]["prefetch_bytes"]
 
 
-def test_first_layers_are_foreseen_from_the_embedding(predicting):
+def test_first_layers_are_foreseen_from_the_embedding(tiny_streamed, predicting):
+    model = use(tiny_streamed("qwen3_moe"), CacheOptions("50%"))
+    generate(model, token_ids(5), 6)
+    assert first_layer_prefetches(model) == 0
     model = predicting("qwen3_moe", CacheOptions("50%"))
     model.expert_cache.set_horizon(1)
-    generate(model, token_ids(5), 6)
+    generate(model, token_ids(5), 40)  # on a busy machine most come late, and count as demands
     assert first_layer_prefetches(model) > 0
     weights = model.predictor._core.state["weights"]
     assert weights[:3].any(axis=(1, 2)).all(), "each distance from the embedding has learned"
-    model.set_predictor(None)
-    model.expert_cache.reset_statistics()
-    generate(model, token_ids(5), 6)
-    assert first_layer_prefetches(model) == 0
 
 
-def test_embeddings_instead_of_ids_and_prompts_are_not_foreseen(predicting):
+def test_embeddings_instead_of_ids_and_prompts_are_not_foreseen(tiny_streamed, predicting):
+    # Without a predictor: a prefetch is counted when it ends, which may be behind the pass.
+    expected = logits(use(tiny_streamed("qwen3_moe"), CacheOptions("50%")), token_ids(3))
     model = predicting("qwen3_moe", CacheOptions("50%"))
     model.expert_cache.set_horizon(1)
     ids = token_ids(3)["input_ids"]
-    expected = logits(model, token_ids(3))
     embeddings = model.get_input_embeddings().weight[ids]  # without a call of the module
-    model.expert_cache.reset_statistics()
     with torch.no_grad():
         found = model(inputs_embeds=embeddings).logits
     assert same_bits([found], [expected])

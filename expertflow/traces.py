@@ -204,12 +204,17 @@ def _ids(
         )
     outside = (ids < 0) | (ids >= num_experts)
     if outside.any():
-        place = np.unravel_index(int(outside.argmax()), ids.shape)
-        where = ", ".join(f"{axis} {int(i)}" for axis, i in zip(axes, place, strict=True))
+        place, where = _first_place(outside, axes)
         raise ValueError(
             f"{name} at {where} is {int(ids[place])}, but the experts are 0 to {num_experts - 1}"
         )
     return np.ascontiguousarray(ids, dtype=np.uint16)
+
+
+def _first_place(found: NDArray[np.bool_], axes: tuple[str, ...]) -> tuple[tuple[Any, ...], str]:
+    """The index of the first True, and what to call it."""
+    place = np.unravel_index(int(found.argmax()), found.shape)
+    return place, ", ".join(f"{axis} {int(i)}" for axis, i in zip(axes, place, strict=True))
 
 
 def _offsets(offsets: NDArray[Any], num_tokens: int) -> NDArray[np.int64]:
@@ -265,8 +270,7 @@ def _predictions(
     _check_float(need, f"{name}_need", ids.shape)
     outside = ~((need >= 0) & (need <= 1))
     if outside.any():
-        place = np.unravel_index(int(outside.argmax()), need.shape)
-        where = ", ".join(f"{axis} {int(i)}" for axis, i in zip(axes, place, strict=True))
+        place, where = _first_place(outside, axes)
         raise ValueError(f"{name}_need at {where} is {need[place]}, not in [0, 1]")
     return ids, need.astype(np.float16, copy=False)
 

@@ -73,7 +73,7 @@ SimulationResult Simulator::RunAll() {
 
 SimulationResult Simulator::result() const {
   SimulationResult result = counts_;
-  result.num_tokens = std::max<int64_t>(step_ / trace_.num_layers - config_.warmup_tokens, 0);
+  result.num_tokens = std::max<int64_t>(trace_.TokenOf(step_) - config_.warmup_tokens, 0);
   for (const LayerStatistics& layer : planner_.statistics()) result.counts += layer;
   result.prefetch_hits = prefetcher_.statistics().hits;
   result.counts.stall_us = static_cast<double>(result.stall_ns) * 1e-3;

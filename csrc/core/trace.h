@@ -31,6 +31,7 @@ struct TraceView {
   RecordedPredictions predictions;
 
   int64_t num_steps() const { return num_tokens * num_layers; }
+  int64_t TokenOf(int64_t step) const { return step / num_layers; }
   int32_t LayerOf(int64_t step) const { return static_cast<int32_t>(step % num_layers); }
 
   std::span<const uint16_t> experts(int64_t step) const {

@@ -52,7 +52,7 @@ DevicePredictor::DevicePredictor(const Predictor& host, const Options& options)
       first_pair_(host.state().first_pair),
       state_(host, options.list_size),
       launch_(PreparePredictor(state_.router_dtype())),
-      observed_pass_(predictor::SourceOf(config_.num_layers), -1) {
+      observed_pass_(SourceOf(config_.num_layers), -1) {
   if (!options.publishes_need) return;
   const size_t num_needs = static_cast<size_t>(config_.max_distance) * host.state().num_experts;
   host_.emplace(kMaxDistance * sizeof(uint64_t) + num_needs * sizeof(float));
@@ -97,7 +97,7 @@ void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStr
   }
   const DeviceGuard guard(device_);
   Follow(stream);
-  const size_t source = predictor::SourceOf(layer);
+  const size_t source = SourceOf(layer);
   num_distances_ = std::min(config_.max_distance, config_.num_layers - 1 - layer);
   LaunchPredict({.view = state_.view(),
                  .split = {},
@@ -131,7 +131,7 @@ void DevicePredictor::Follow(cudaStream_t stream) {
 
 void DevicePredictor::Learn(int32_t layer, cudaStream_t stream) {
   CheckLayer(layer, 0);
-  const size_t source = predictor::SourceOf(layer);
+  const size_t source = SourceOf(layer);
   if (observed_pass_[source] != pass_) {
     throw std::logic_error("layer " + std::to_string(layer) + " was not observed in this pass");
   }

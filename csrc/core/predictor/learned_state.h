@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "core/host_device.h"
 #include "core/predictor/need_calibration.h"
 #include "core/predictor/routing_rule.h"
 #include "core/predictor/score_model.h"
@@ -26,6 +27,11 @@ struct PredictorConfig {
 // as its id is.
 inline constexpr int32_t kTokenStart = -1;
 
+// The embedding is source 0, then come the layers.
+EXPERTFLOW_HD constexpr size_t SourceOf(int32_t layer) {
+  return static_cast<size_t>(layer - kTokenStart);
+}
+
 // Everything a predictor has learned, in flat arrays that are saved, and copied to a device, as
 // they are. A *pair* is a source, that is the embedding or a layer, and a distance whose target
 // layer exists: those of the embedding come first.
@@ -33,7 +39,7 @@ struct LearnedState {
   explicit LearnedState(const PredictorConfig& config);
 
   size_t Pair(int32_t layer, size_t distance) const {
-    return first_pair[static_cast<size_t>(layer - kTokenStart)] + distance - 1;
+    return first_pair[SourceOf(layer)] + distance - 1;
   }
   std::span<float> Weights(size_t pair) {
     return {weights.data() + pair * num_experts * num_features, num_experts * num_features};

@@ -29,7 +29,7 @@ Predictor::Predictor(const PredictorConfig& config, RouterWeights routers)
       num_layers_(static_cast<size_t>(config.num_layers)),
       num_experts_(state_.num_experts),
       hidden_(static_cast<size_t>(config.hidden)),
-      sources_(num_layers_ + 1),
+      sources_(SourceOf(config.num_layers)),
       need_(static_cast<size_t>(config.max_distance) * num_experts_),
       features_(state_.num_features),
       margins_(num_experts_),
@@ -162,7 +162,7 @@ void Predictor::LearnRow(int32_t layer, size_t row) {
 }
 
 void Predictor::SetTargets(size_t layer, size_t row) {
-  const float own_deviation = Margins(layer, sources_[layer + 1], row, margins_);
+  const float own_deviation = Margins(layer, At(static_cast<int32_t>(layer)), row, margins_);
   float& deviation = state_.deviations[layer];
   float& num_tokens = state_.num_tokens[layer];
   num_tokens += 1.0f;
@@ -257,7 +257,7 @@ std::span<const float> Predictor::Direction(const Layer& layer, size_t row) cons
 
 // Empty if unknown: within a pass the row before is known at `target` only once that has run.
 std::span<const float> Predictor::Previous(size_t target, size_t row, bool is_known) const {
-  const Layer& layer = sources_[target + 1];
+  const Layer& layer = At(static_cast<int32_t>(target));
   if (row % rows_per_sequence_ == 0) {
     return {layer.previous.data() + row / rows_per_sequence_ * hidden_, hidden_};
   }

@@ -84,10 +84,8 @@ class Predictor {
 
   void CheckLayer(int32_t layer, int32_t first) const;
   void CheckObserved(int32_t layer, int32_t first) const;
-  Layer& At(int32_t layer) { return sources_[static_cast<size_t>(layer - kTokenStart)]; }
-  const Layer& At(int32_t layer) const {
-    return sources_[static_cast<size_t>(layer - kTokenStart)];
-  }
+  Layer& At(int32_t layer) { return sources_[SourceOf(layer)]; }
+  const Layer& At(int32_t layer) const { return sources_[SourceOf(layer)]; }
   std::span<const float> Direction(const Layer& layer, size_t row) const;
   std::span<const float> Previous(size_t target, size_t row, bool is_known) const;
   std::span<float> Block(std::vector<float>& values, size_t distance, size_t row) const;

@@ -5,6 +5,7 @@
 #include <functional>
 #include <numeric>
 
+#include "core/predictor/feature_scales.h"
 #include "core/predictor/vector_math.h"
 
 namespace expertflow {
@@ -83,7 +84,7 @@ void IdsPredictor::Learn(int64_t step) {
 
 void IdsPredictor::LearnUse(int64_t step) {
   float* frequency = frequency_.data() + static_cast<size_t>(trace_.LayerOf(step)) * num_experts_;
-  const auto tokens = static_cast<float>(step / trace_.num_layers);
+  const auto tokens = static_cast<float>(trace_.TokenOf(step));
   const float rate = std::max(kFrequencyRate, 1.0F / (tokens + 2.0F));
   for (size_t e = 0; e < num_experts_; ++e) frequency[e] += rate * (used_[e] - frequency[e]);
 }
@@ -92,7 +93,7 @@ void IdsPredictor::LearnFrom(int64_t step, int32_t distance) {
   const Foreseen& foreseen = ForeseenAt(step, distance);
   for (size_t e = 0; e < num_experts_; ++e) error_[e] = used_[e] - foreseen.need[e];
   LearnGains(step, distance);
-  const auto tokens = static_cast<float>(step / trace_.num_layers);
+  const auto tokens = static_cast<float>(trace_.TokenOf(step));
   const float rate = kWeightRate / static_cast<float>(kNumSources * trace_.top_k) *
                      std::max(0.5F, 1.0F / std::sqrt(1.0F + tokens / 1000.0F));
   ForEachRow(step, distance, [&](std::span<float> row) { Add(row, rate, error_.data()); });
@@ -100,7 +101,7 @@ void IdsPredictor::LearnFrom(int64_t step, int32_t distance) {
 
 void IdsPredictor::LearnGains(int64_t step, int32_t distance) {
   Gains& gains = gains_[PairOf(step, distance)];
-  const auto tokens = static_cast<float>(step / trace_.num_layers);
+  const auto tokens = static_cast<float>(trace_.TokenOf(step));
   const float rate = kGainRate * std::max(0.1F, 1.0F / std::sqrt(1.0F + tokens / 50.0F));
   const float* feature = ForeseenAt(step, distance).features.data();
   for (size_t f = 0; f < kNumFeatures; ++f, feature += num_experts_) {
@@ -131,7 +132,7 @@ void IdsPredictor::Score(int64_t step, int32_t distance) {
     Add(foreseen.need, gains.gain[f], feature(static_cast<Feature>(f)).data());
   }
   ForEachRow(step, distance, [&](std::span<float> row) { Add(foreseen.need, 1.0F, row.data()); });
-  for (float& need : foreseen.need) need = 1.0F / (1.0F + std::exp(-need));
+  for (float& need : foreseen.need) need = Logistic(need);
 }
 
 void IdsPredictor::Predict(int64_t step, int32_t max_distance, std::vector<Prediction>& out) {

@@ -20,7 +20,7 @@ RoutingMemory::RoutingMemory(const TraceView& trace) : trace_(trace) {
 
 void RoutingMemory::Observe(int64_t step) {
   step_ = step;
-  const int64_t num_lags = std::min(step / trace_.num_layers, kMaxLag);
+  const int64_t num_lags = std::min(trace_.TokenOf(step), kMaxLag);
   similarities_.resize(static_cast<size_t>(num_lags), 0.0F);
   for (float& similarity : similarities_) similarity *= kMemory;
   AddOverlap(step);
@@ -28,7 +28,7 @@ void RoutingMemory::Observe(int64_t step) {
 }
 
 void RoutingMemory::AddOverlap(int64_t step) {
-  const auto token = static_cast<int32_t>(step / trace_.num_layers);
+  const auto token = static_cast<int32_t>(trace_.TokenOf(step));
   const auto num_lags = static_cast<int32_t>(similarities_.size());
   for (const uint16_t expert : trace_.experts(step)) {
     std::vector<int32_t>& tokens =

@@ -45,7 +45,7 @@ void RecordedPredictor::PredictToken(int64_t step, int32_t max_distance,
                                      std::vector<Prediction>& out) {
   const RecordedPredictions& recorded = trace_.predictions;
   if (recorded.first_expert_ids == nullptr) return;
-  Append(recorded, recorded.first_expert_ids, recorded.first_need_q16, step / trace_.num_layers,
+  Append(recorded, recorded.first_expert_ids, recorded.first_need_q16, trace_.TokenOf(step),
          std::min(max_distance, trace_.num_layers), out);
 }
 

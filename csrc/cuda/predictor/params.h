@@ -1,10 +1,8 @@
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/host_device.h"
 #include "core/ids.h"
 #include "core/predictor/learned_state.h"
 
@@ -29,11 +27,6 @@ struct LayerFacts {
   float rest_power;  // squared length of `rest`
   int32_t bucket;    // of the token id; -1: not known
 };
-
-// The embedding, layer kTokenStart, is source 0, then come the layers.
-EXPERTFLOW_HD constexpr size_t SourceOf(int layer) {
-  return static_cast<size_t>(layer - kTokenStart);
-}
 
 // Arrays in device memory, one row (token) a pass.
 struct View {

@@ -10,7 +10,8 @@ namespace expertflow {
 // What launches need to know of the device and of the kernels.
 struct PredictorLaunch {
   DType router_dtype;
-  int32_t num_resident_blocks;
+  int32_t num_predict_blocks;  // that run at once
+  int32_t num_learn_blocks;
 };
 
 // For the device that is current. Throws CudaError.
@@ -18,7 +19,8 @@ PredictorLaunch PreparePredictor(DType router_dtype);
 
 // The launches of the predictor; DevicePredictor checks the parameters, and the split of rows into
 // parts is chosen here. Both may be captured in a CUDA graph, and may start while the kernel before
-// them ends, but touch no memory before. Throw CudaError.
+// them ends. Until then a prediction only reads, and only what updates write: the kernel before it
+// in its stream must not be an update. An update touches no memory. Throw CudaError.
 //
 // A prediction reads the weights of all distances and the routers once and is done in one launch.
 // An update of layer j and a prediction of a later layer of the same pass touch different memory,

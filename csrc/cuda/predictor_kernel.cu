@@ -53,11 +53,15 @@ PredictSplit SplitPrediction(const View& view, DType router_dtype) {
           .rest = split(view.num_features - view.hidden, sizeof(float))};
 }
 
-void Launch(const void* kernel, dim3 num_blocks, void* params, cudaStream_t stream) {
+void Launch(const void* kernel, dim3 num_blocks, bool may_start_early, void* params,
+            cudaStream_t stream) {
   void* arguments[] = {params};
-  LaunchOverlapped(
-      {.kernel = kernel, .num_blocks = num_blocks, .num_threads = kThreads, .shared_bytes = 0},
-      arguments, stream);
+  LaunchOverlapped({.kernel = kernel,
+                    .num_blocks = num_blocks,
+                    .num_threads = kThreads,
+                    .shared_bytes = 0,
+                    .may_start_early = may_start_early},
+                   arguments, stream);
 }
 
 const void* PredictKernelFor(DType router_dtype) {
@@ -93,14 +97,15 @@ PredictorLaunch PreparePredictor(DType router_dtype) {
 
 // All blocks run at once, if they can, and share the groups of experts evenly: one that waits for
 // others to end would have nothing under way meanwhile.
-void LaunchPredict(PredictParams params, const PredictorLaunch& launch, cudaStream_t stream) {
+void LaunchPredict(PredictParams params, const PredictorLaunch& launch, bool may_start_early,
+                   cudaStream_t stream) {
   params.split = SplitPrediction(params.view, launch.router_dtype);
   const int32_t num_own = params.layer < 0 ? 0 : params.split.NumParts(0);
   const int32_t num_parts = num_own + params.num_distances * params.split.NumParts(1);
   const int32_t blocks_per_part =
       std::clamp(launch.num_predict_blocks / (num_parts + 1), 1, NumGroups(params.view));
   const dim3 blocks(static_cast<unsigned>(blocks_per_part), static_cast<unsigned>(num_parts) + 1);
-  Launch(PredictKernelFor(launch.router_dtype), blocks, &params, stream);
+  Launch(PredictKernelFor(launch.router_dtype), blocks, may_start_early, &params, stream);
 }
 
 // The smallest parts with which all blocks run at once, so that every load is under way at the
@@ -114,8 +119,8 @@ void LaunchLearn(LearnParams params, const PredictorLaunch& launch, cudaStream_t
         params.num_pairs + 1 + params.num_pairs * NumGroups(params.view) * params.split.num_parts;
     if (num_blocks <= launch.num_learn_blocks) break;
   }
-  Launch(reinterpret_cast<const void*>(&LearnKernel), static_cast<unsigned>(num_blocks), &params,
-         stream);
+  Launch(reinterpret_cast<const void*>(&LearnKernel), static_cast<unsigned>(num_blocks), true,
+         &params, stream);
 }
 
 int32_t MaxPredictorParts(const View& view, DType router_dtype) {

@@ -23,12 +23,12 @@
 // that the block wrote before, and Mark(phase), which says that a phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
-// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys, and five
-// barriers. A policy that learns takes one more round trip and three barriers. Whether a routed
-// expert is resident is seen by the thread that has its slot
-// (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
-// expert to its slot. Rows that are resident and rows that are missing are finished by different
-// warps, at the same time.
+// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys and what a
+// policy that learns knows of the experts, and five barriers, or six if it learns. Slots of other
+// layers are ranked meanwhile. Whether a routed expert is resident is seen by the thread that has
+// its slot (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads
+// from the expert to its slot. Rows that are resident and rows that are missing are finished by
+// different warps, at the same time.
 
 namespace expertflow {
 

@@ -55,6 +55,6 @@ def prefetcher(cache: ExpertCache, method: Method, foreseen: dict[str, Foreseen]
         horizon = cache.begin_prefetch()
         if horizon > 0:
             cache.prefetch_predicted(need[token, layer, :horizon])
-        return horizon
+        return cache.horizon
 
     return prefetch

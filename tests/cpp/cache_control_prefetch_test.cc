@@ -51,17 +51,21 @@ class CacheControlPrefetchTest : public testing::Test {
     return horizon;
   }
 
-  // Eight experts of each layer in turn, which no LRU of four keeps, foreseen one layer ahead:
-  // until prefetching has been found to pay.
+  // Eight experts of each layer in turn, which no LRU of four keeps, foreseen one layer ahead.
+  void RunForeseenToken(int32_t token) {
+    const int32_t first = 2 * token % kExperts;
+    for (int32_t layer = 0; layer < kLayers; ++layer) {
+      RunLayer(layer, {first, first + 1});
+      const int32_t next = layer + 1 < kLayers ? first : (first + 2) % kExperts;
+      const auto posted = Prefetch({{{next, 1.0F}, {next + 1, 1.0F}}});
+      EXPECT_TRUE(posted.empty() || control_->horizon() > 0);
+    }
+  }
+
+  // Until prefetching has been found to pay.
   void EarnPrefetching() {
-    for (int32_t token = 0; token < 200 && control_->horizon() == 0; ++token) {
-      const int32_t first = 2 * token % kExperts;
-      for (int32_t layer = 0; layer < kLayers; ++layer) {
-        RunLayer(layer, {first, first + 1});
-        const int32_t next = layer + 1 < kLayers ? first : (first + 2) % kExperts;
-        const auto posted = Prefetch({{{next, 1.0F}, {next + 1, 1.0F}}});
-        EXPECT_TRUE(posted.empty() || control_->horizon() > 0);
-      }
+    for (int32_t token = 0; token < 20 && control_->horizon() == 0; ++token) {
+      RunForeseenToken(token);
     }
     ASSERT_GT(control_->horizon(), 0);
   }
@@ -128,19 +132,23 @@ TEST_F(CacheControlPrefetchTest, PostsWhatIsWorthItNearerLayersFirst) {
 // A transfer takes 80 us. The near expert would be served before the others, of which two need all
 // but 40 of the 200 us before their layer.
 TEST_F(CacheControlPrefetchTest, ANearGuessDoesNotDelayWhatIsMoreProbableAndNeededLater) {
-  MakeControl(Options(24));
-  ASSERT_EQ(RunTokens(1), 2);
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
   EXPECT_THAT(Prefetch({{{4, 0.7F}}, {{5, 0.9F}}}), ElementsAre(ExpertId{0, 4}, ExpertId{1, 5}));
-  MakeControl(Options(24));
-  ASSERT_EQ(RunTokens(1), 2);
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
   EXPECT_THAT(Prefetch({{{4, 0.7F}}, {{5, 0.9F}, {6, 0.95F}}}),
               ElementsAre(ExpertId{1, 6}, ExpertId{1, 5}));
 }
 
 TEST_F(CacheControlPrefetchTest, FetchesFirstLayersWhenATokenBegins) {
-  MakeControl(Options(24));
+  MakeControl(Options(2 * kLayers));
   EXPECT_EQ(control_->BeginToken(1, now_us_), 0) << "no time is known";
-  ASSERT_EQ(RunTokens(1), 2);
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
+  control_->ResetStatistics();
   EXPECT_EQ(control_->BeginToken(17, now_us_), 0) << "a prompt";
   EXPECT_THAT(Prefetch({{{5, 1.0F}}}), IsEmpty());
   EXPECT_EQ(control_->BeginToken(1, now_us_), 2);
@@ -150,8 +158,9 @@ TEST_F(CacheControlPrefetchTest, FetchesFirstLayersWhenATokenBegins) {
 }
 
 TEST_F(CacheControlPrefetchTest, FirstLayerHasTheTimeThatItTookBefore) {
-  MakeControl(Options(24));
-  RunTokens(1);
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  RunTokens(4);
   // 40 of a layer's 100 us before the plan of layer 0: half of an expert, which takes 80 us.
   now_us_ += 60.0;
   control_->BeginToken(1, now_us_);
@@ -230,6 +239,7 @@ TEST_F(CacheControlPrefetchTest, AsksForPredictionsEverMoreRarelyAndAgainOnAnoth
 TEST_F(CacheControlPrefetchTest, PromptsAndPausesDoNotChangeTheHorizon) {
   MakeControl(Options(24));
   EarnPrefetching();
+  RunTokens(4);
   experts_per_layer_ = 0.3;
   const int32_t horizon = RunTokens(40);
   EXPECT_GE(horizon, 4);
@@ -259,7 +269,7 @@ TEST_F(CacheControlPrefetchTest, ANewHorizonForgetsWhatMissesCostWithTheLastOne)
   const auto keys_after = [this](int32_t first_horizon, int32_t last_horizon) {
     MakeControl(Options(24, PolicyKind::kPredictedNeed));
     control_->set_horizon(first_horizon);
-    RunTokens(2);
+    for (int32_t token = 0; token < 20; ++token) RunForeseenToken(token);
     if (last_horizon != first_horizon) control_->set_horizon(last_horizon);
     RunTokens(1);
     const int64_t* keys = control_->table().expert_key;

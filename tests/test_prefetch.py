@@ -162,7 +162,7 @@ def test_every_way_to_prefetch_gives_the_same_bits_and_tells_its_horizon(tiny_ch
         assert statistics["horizon"] == cache.horizon
         assert statistics["prefetch_hits"] <= statistics["prefetches_used"]
         if prefetch == "auto":
-            assert cache.horizon == 0  # 12 tokens do not tell whether it pays
+            assert 0 <= cache.horizon <= 8  # 0: it was not found to pay
         else:
             assert cache.horizon == prefetch
             assert statistics["prefetches_used"] + statistics["prefetches_wasted"] > 0

@@ -195,5 +195,6 @@ def simulate(
     demand_chunk_bytes: int,
     layer_time_ns: int,
     expert_share: float,
+    copy_slowdown: float,
     warmup_tokens: int,
 ) -> dict[str, int]: ...

@@ -65,6 +65,17 @@ def test_recorded_predictions_do_what_the_oracle_does_inside_a_token():
     assert recorded["wasted_bytes_per_token"] == 0
 
 
+def test_computation_that_copies_slow_down_hides_more_of_them():
+    trace = skewed_trace(num_layers=6)
+    stall = [
+        Simulation(trace, machine(layer_time_us=0.5, copy_slowdown=slowdown)).run(
+            "lru", "oracle", 2
+        )
+        for slowdown in (0, 0.2)
+    ]
+    assert 0 < stall[1]["stall_us_per_token"] < stall[0]["stall_us_per_token"]
+
+
 def test_gap_closed_is_measured_between_lru_and_belady():
     simulation = Simulation(skewed_trace(), machine("50%"))
     assert simulation.run("lru")["gap_closed"] == 0

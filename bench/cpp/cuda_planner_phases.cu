@@ -1,4 +1,6 @@
 #include "cuda/cuda_block.h"
+#include "cuda/grid_dependency.h"
+#include "cuda/overlapped_launch.h"
 #include "cuda/planner_launch.h"
 #include "cuda_planner_phases.h"
 
@@ -31,11 +33,26 @@ struct TimedBlock : CudaBlock {
   }
 };
 
+__global__ void LearnAgainKernel(const BlockNeedState state, int32_t layer) {
+  WaitForPrerequisites();
+  LetDependentsStart();
+  state.to_learn[layer] = state.model.num_steps[layer] - 1;
+}
+
 }  // namespace
 
 void LaunchTimedPlanLayer(const PlanningView& planning, const LayerPlanRequest& request,
                           int64_t* phase_cycles, cudaStream_t stream) {
   LaunchPlanLayerOn(TimedBlock{{}, phase_cycles}, planning, request, stream);
+}
+
+void LaunchLearnAgain(const PlanningView& planning, int32_t layer, cudaStream_t stream) {
+  void* arguments[] = {const_cast<BlockNeedState*>(&planning.need), &layer};
+  LaunchOverlapped({.kernel = reinterpret_cast<const void*>(&LearnAgainKernel),
+                    .num_blocks = 1,
+                    .num_threads = 1,
+                    .shared_bytes = 0},
+                   arguments, stream);
 }
 
 }  // namespace expertflow

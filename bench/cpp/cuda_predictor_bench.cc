@@ -2,8 +2,10 @@
 // graph's over its launches, launch gaps included. "Predict" and "Learn" walk through the layers of
 // a model whose weights are many times the L2 cache (but docs-moe's), as in decoding, "..InCache"
 // repeats one layer, "PredictToHost" also writes the needs to the host, and "Pass" has both for
-// each layer, learning on its own stream. Bytes are the weights and routers read, and for Learn
-// also the weights written.
+// each layer, learning on its own stream. Predictions that follow each other overlap: one reads
+// weights while the one before it sums up. "MakeTokenAndPredict" has another kernel before each,
+// which lets none start early; "MakeToken" is that kernel alone. Bytes are the weights and routers
+// read, and for Learn also the weights written.
 //
 // Beside them: the rate of a kernel that only reads memory, at 4 GiB a launch (the rate that % is
 // of) and at the bytes of a prediction a launch; and what enqueueing costs the host.
@@ -115,7 +117,7 @@ class Model {
         host,
         DevicePredictor::Options{.list_size = shape_.top_k, .publishes_need = publishes_need});
     hidden_ = DeviceMemory(static_cast<size_t>(shape_.hidden) * 2, "the benchmark");
-    LaunchFillRandom(hidden_.data(), hidden_.num_bytes(), 1.0F, nullptr);
+    MakeToken(nullptr);
     token_ = DeviceMemory(sizeof(int64_t), "the benchmark");
     EXPERTFLOW_CUDA_CHECK(cudaMemset(token_.data(), 0, token_.num_bytes()));
     EXPERTFLOW_CUDA_CHECK(cudaDeviceSynchronize());
@@ -123,6 +125,10 @@ class Model {
 
   const Shape& shape() const { return shape_; }
   DevicePredictor& predictor() { return *predictor_; }
+
+  void MakeToken(cudaStream_t stream) {
+    LaunchFillRandom(hidden_.data(), hidden_.num_bytes(), 1.0F, stream);
+  }
 
   void Observe(int32_t layer, cudaStream_t stream) {
     predictor_->Observe(layer,
@@ -193,6 +199,22 @@ void MeasurePredict(benchmark::State& state, bool publishes_need) {
 void Predict(benchmark::State& state) { MeasurePredict(state, false); }
 
 void PredictToHost(benchmark::State& state) { MeasurePredict(state, true); }
+
+void MakeToken(benchmark::State& state) {
+  Model model(state);
+  MeasureLayers(state, model, Layers(0, 40), model.predict_bytes(),
+                [&](int32_t, cudaStream_t stream) { model.MakeToken(stream); });
+}
+
+void MakeTokenAndPredict(benchmark::State& state) {
+  Model model(state);
+  const Shape& shape = model.shape();
+  MeasureLayers(state, model, Layers(0, shape.num_layers - shape.max_distance),
+                model.predict_bytes(), [&](int32_t layer, cudaStream_t stream) {
+                  model.MakeToken(stream);
+                  model.Observe(layer, stream);
+                });
+}
 
 void PredictInCache(benchmark::State& state) {
   Model model(state);
@@ -274,6 +296,8 @@ const bool registered = [] {
   };
   add("Predict", Predict);
   add("PredictToHost", PredictToHost);
+  add("MakeToken", MakeToken);
+  add("MakeTokenAndPredict", MakeTokenAndPredict);
   add("PredictInCache", PredictInCache);
   add("Learn", Learn);
   add("LearnInCache", LearnInCache);

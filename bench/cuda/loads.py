@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from decode_bounds import raw_bandwidth
 from decode_model import DEVICE, Decoder, Layer, Shape, captured
+from torch import Tensor
 
 from expertflow import ExpertCache, _core, ops
 from expertflow.link_profiles import LinkProfile
@@ -17,6 +20,7 @@ from expertflow.traces import Trace
 
 CHUNK_BYTES = 5 << 20  # what ExpertCache prefetches at a time on CUDA
 LARGE_COPY_BYTES = 256 << 20
+FASTEST_LINK_GBPS = 60.0  # what PCIe 5.0 x16 never reaches
 
 
 class Load(Protocol):
@@ -30,13 +34,26 @@ class Load(Protocol):
     def begin(self) -> None:
         """The next token is the first one."""
 
-    def plan(self, cache: ExpertCache, token: int, layer: int) -> None:
-        """Compute `layer` up to its experts, and plan these."""
+    def plan(self, cache: ExpertCache, token: int, layer: int) -> Tensor:
+        """Compute `layer` up to its experts, and plan these. Returns the rows of `ops.plan`."""
 
     def compute(self, cache: ExpertCache, layer: int) -> None: ...
     def end_token(self) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Wait until all layers are computed. Copies may still be under way."""
+
+    def mark(self) -> Any:
+        """Note when what was called so far is computed."""
+
+    def elapsed_us(self, begin: Any, end: Any) -> float:
+        """Between two marks, after `synchronize`."""
+
     def link(self) -> LinkProfile: ...
+    def copy_for(self, microseconds: float) -> Callable[[], bool]:
+        """Begin copies that keep the link busy for at least so long.
+
+        Returns what tells whether they still are under way.
+        """
 
 
 class GpuLoad:
@@ -53,6 +70,9 @@ class GpuLoad:
         )
         self.decoder = Decoder(shape, trace.expert_ids)
         self.expert_bytes: int = self.decoder.layout.slot_bytes
+        self.copy_stream = torch.cuda.Stream()
+        self.source = torch.ones(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        self.target = torch.empty(CHUNK_BYTES, dtype=torch.uint8, device=DEVICE)
         self.set_context(context)
 
     def set_context(self, context: int) -> None:
@@ -82,9 +102,9 @@ class GpuLoad:
     def begin(self) -> None:
         self.decoder.token.zero_()
 
-    def plan(self, cache: ExpertCache, token: int, layer: int) -> None:
+    def plan(self, cache: ExpertCache, token: int, layer: int) -> Tensor:
         self.graphs[layer].replay()
-        ops.plan(cache.handle, self.decoder.layers[layer].ids, layer)
+        return ops.plan(cache.handle, self.decoder.layers[layer].ids, layer)
 
     def compute(self, cache: ExpertCache, layer: int) -> None:
         parts = self.decoder.layers[layer]
@@ -94,12 +114,30 @@ class GpuLoad:
         self.graphs[-1].replay()
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
+
+    # After a plan the stream is empty, so the mark is that of the host's call but for the way to
+    # the device, which takes about as long as that of the first copy which the plan has posted.
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_us(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return begin.elapsed_time(end) * 1e3
 
     def link(self) -> LinkProfile:
         bandwidth = raw_bandwidth(LARGE_COPY_BYTES)
         latency = CHUNK_BYTES / raw_bandwidth(CHUNK_BYTES) - CHUNK_BYTES / bandwidth
         return LinkProfile(bandwidth / 1e9, max(latency, 0.0) * 1e6)
+
+    def copy_for(self, microseconds: float) -> Callable[[], bool]:
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(self.copy_stream):
+            for _ in range(math.ceil(microseconds * FASTEST_LINK_GBPS * 1e3 / CHUNK_BYTES)):
+                self.target.copy_(self.source, non_blocking=True)
+            copied.record()
+        return lambda: not copied.query()
 
 
 class CpuLoad:
@@ -131,9 +169,11 @@ class CpuLoad:
 
     def begin(self) -> None: ...
 
-    def plan(self, cache: ExpertCache, token: int, layer: int) -> None:
+    def plan(self, cache: ExpertCache, token: int, layer: int) -> Tensor:
         time.sleep(self.seconds)
-        self.rows = ops.plan(cache.handle, self.ids[token : token + 1, layer], layer).tolist()
+        rows = ops.plan(cache.handle, self.ids[token : token + 1, layer], layer)
+        self.rows = rows.tolist()
+        return rows
 
     def compute(self, cache: ExpertCache, layer: int) -> None:
         for row, (_, _, state, _, next_row, _) in enumerate(self.rows):
@@ -145,6 +185,16 @@ class CpuLoad:
     def end_token(self) -> None: ...
 
     def synchronize(self) -> None: ...
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def elapsed_us(self, begin: float, end: float) -> float:
+        return (end - begin) * 1e6
+
+    def copy_for(self, microseconds: float) -> Callable[[], bool]:
+        end = time.perf_counter() + microseconds * 1e-6  # without copies: none slows down a sleep
+        return lambda: time.perf_counter() < end
 
     def link(self) -> LinkProfile:
         target = np.empty(self.expert_bytes, np.uint8)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from foreseen import Foreseen
 
 from expertflow import ExpertCache
 from expertflow.simulation import MAX_HORIZON, OURS
-
-# What is done once a layer of a token is planned; returns how many layers ahead was looked.
-Prefetch = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -44,17 +40,28 @@ DECAYED = Method("no prefetch, decayed frequency", "decayed_frequency")
 METHODS = [DECAYED, NO_PREFETCH, *FIXED, ADAPTIVE, *PERFECT, *CLAIRVOYANT]
 
 
-def prefetcher(cache: ExpertCache, method: Method, foreseen: dict[str, Foreseen]) -> Prefetch:
-    if not method.predictor:
-        return lambda token, layer: 0
-    need = foreseen[method.predictor].need
-    if method.horizon is not None:
-        cache.set_horizon(method.horizon)
+class Prefetcher:
+    """Does for a cache what the model does between its layers, as the method says."""
 
-    def prefetch(token: int, layer: int) -> int:
-        horizon = cache.begin_prefetch()
+    def __init__(self, cache: ExpertCache, method: Method, foreseen: dict[str, Foreseen]) -> None:
+        self._cache = cache
+        self._foreseen = foreseen[method.predictor] if method.predictor else None
+        if self._foreseen is not None and method.horizon is not None:
+            cache.set_horizon(method.horizon)
+
+    def begin_token(self, token: int) -> None:
+        """Fetch ahead for the token's first layers, before the first is computed."""
+        if self._foreseen is None:
+            return
+        horizon = self._cache.begin_token(1)
+        if horizon > 0 and self._foreseen.first_need is not None:
+            self._cache.prefetch_predicted(self._foreseen.first_need[token, :horizon])
+
+    def prefetch(self, token: int, layer: int) -> int:
+        """Fetch ahead once the layer is planned. Returns how many layers ahead was looked."""
+        if self._foreseen is None:
+            return 0
+        horizon = self._cache.begin_prefetch()
         if horizon > 0:
-            cache.prefetch_predicted(need[token, layer, :horizon])
-        return cache.horizon
-
-    return prefetch
+            self._cache.prefetch_predicted(self._foreseen.need[token, layer, :horizon])
+        return self._cache.horizon

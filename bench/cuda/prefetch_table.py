@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from prefetch_methods import ADAPTIVE, CLAIRVOYANT, DECAYED, FIXED, NO_PREFETCH, PERFECT
 
@@ -24,6 +25,7 @@ class Row:
     simulated_horizon: float
     prefetch_bytes: float
     wasted_bytes: float
+    machine: dict[str, Any]  # that was simulated
 
     @property
     def difference(self) -> float:

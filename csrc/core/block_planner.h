@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/block_need_model.h"
+#include "core/block_need_scores.h"
 #include "core/block_selection.h"
 #include "core/eviction/decayed_frequency.h"
 #include "core/host_device.h"
@@ -35,6 +35,7 @@ namespace expertflow {
 // Lies in the shared memory of the block.
 struct BlockPlannerShared {
   BlockSelection selection;
+  int32_t routed[kMaxRoutedIds];     // experts, by place in the routed ids
   int32_t residence[kMaxRoutedIds];  // by place in the routed ids, see Residence
   struct MissingRow {
     int64_t key;
@@ -42,13 +43,12 @@ struct BlockPlannerShared {
   } missing[kMaxRoutedIds];
   int32_t num_bad_ids;
   int32_t log2_table[DecayedFrequency::kTableSize];
-  BlockNeedShared need;
 };
 
 // Words of shared memory that the planner needs beside.
 EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_experts) {
-  const int32_t of_model = policy == PolicyKind::kPredictedNeed ? NumNeedWords(num_experts) : 0;
-  return num_experts + 1 + of_model;
+  const int32_t num_scores = policy == PolicyKind::kPredictedNeed ? num_experts : 0;
+  return num_experts + 1 + num_scores;
 }
 
 template <class Policy, class Block>
@@ -60,8 +60,7 @@ class BlockPlanner {
       : block_(block),
         shared_(shared),
         first_of_expert_(shared_words),
-        need_(block, shared.need, shared_words + planning.table.num_experts + 1, planning.need,
-              request.layer),
+        need_(block, shared_words + planning.table.num_experts + 1, planning.need, request.layer),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -79,6 +78,7 @@ class BlockPlanner {
     block_.Mark(PlanPhase::kRouted);
     now_ = clock_.now + 1;
     if constexpr (kLearns) ObserveNeeds(own);
+    block_.Mark(PlanPhase::kScored);
     const uint32_t least = RankSlots(own);
     block_.WaitForCopies();
     block_.Sync();
@@ -109,7 +109,6 @@ class BlockPlanner {
     if (thread_ == 0) {
       shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
     }
-    if constexpr (kLearns) need_.PrepareShared();
     if constexpr (std::is_same_v<Policy, DecayedFrequency>) {
       EXPERTFLOW_NO_UNROLL
       for (int32_t i = thread_; i < DecayedFrequency::kTableSize; i += block_.num_threads()) {
@@ -119,18 +118,11 @@ class BlockPlanner {
     }
   }
 
-  // Asks for the ids, the tick and the slots, and returns the thread's id: one below zero is as far
-  // out of range as one of 32 bits that is not. The barrier keeps the compiler from using what has
-  // come before it has asked for all.
+  // Asks for the ids, the tick and the slots, and returns the thread's id. The barrier keeps the
+  // compiler from using what has come before it has asked for all.
   EXPERTFLOW_DEVICE uint64_t AskForAll(Slots& own) {
     uint64_t id = 0;
-    if (has_id_) {
-      if (request_.ids.int64 != nullptr) {
-        id = static_cast<uint64_t>(request_.ids.int64[thread_]);
-      } else {
-        id = static_cast<uint32_t>(request_.ids.int32[thread_]);
-      }
-    }
+    if (has_id_) id = IdAt(request_.ids, thread_);
     clock_ = *request_.clock;
     if constexpr (kLearns) need_.Ask();
     own.Load();
@@ -146,6 +138,7 @@ class BlockPlanner {
     }
     expert_ = static_cast<int32_t>(id);
     block_.Min(first_of_expert_[expert_], thread_);
+    if constexpr (kLearns) shared_.routed[thread_] = expert_;
     key_ = planning_.table.expert_key[Index(ToIndex(expert_))];
   }
 
@@ -158,18 +151,20 @@ class BlockPlanner {
   EXPERTFLOW_DEVICE void ObserveNeeds(Slots& own) {
     if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
     has_observed_ = true;
-    need_.Observe(first_of_expert_, Slots::kNotRouted, IsRow() ? expert_ : -1);
+    need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted,
+                  [this](int32_t expert, int32_t score) {
+                    planning_.table.expert_key[Index(ToIndex(expert))] =
+                        PredictedNeed::KeyOf(score);
+                  });
     const int32_t* scores = need_.scores();
     own.SetScores(scores);
-    EXPERTFLOW_NO_UNROLL
-    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
-      planning_.table.expert_key[Index(ToIndex(e))] = PredictedNeed::KeyOf(scores[e]);
-    }
     if (expert_ >= 0) key_ = PredictedNeed::KeyOf(scores[expert_]);
   }
 
   EXPERTFLOW_DEVICE void RecordNeeds(LayerPlanStatus status) {
-    if (has_observed_) need_.Record(IsRow() ? expert_ : -1);
+    if (has_observed_) {
+      need_.Record(IsRow() ? expert_ : -1, rows_.before.rows(), rows_.total.rows());
+    }
     if (thread_ == Bookkeeper() && status != LayerPlanStatus::kBadExpertId) {
       need_.NoteOutcome(status == LayerPlanStatus::kNeedsWaves, now_);
     }
@@ -258,9 +253,25 @@ class BlockPlanner {
     plan.num_loading = planned ? rows_.total.loading : 0;
   }
 
+  // In all of the table, whatever the scope. Some states are read at once.
   EXPERTFLOW_DEVICE void DropAllReady() {
-    for (int32_t s = thread_; s < planning_.table.num_slots; s += block_.num_threads()) {
-      DropIfReady(planning_, static_cast<SlotId>(s), Adder());
+    constexpr int32_t kAtOnce = 4;
+    const int32_t num_threads = block_.num_threads();
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t first = thread_; first < planning_.table.num_slots;
+         first += kAtOnce * num_threads) {
+      bool ready[kAtOnce];
+      EXPERTFLOW_UNROLL
+      for (int32_t k = 0; k < kAtOnce; ++k) {
+        const int32_t s = first + k * num_threads;
+        ready[k] =
+            s < planning_.table.num_slots && planning_.table.slot_state[s] == SlotState::kReady;
+      }
+      EXPERTFLOW_UNROLL
+      for (int32_t k = 0; k < kAtOnce; ++k) {
+        const auto slot = static_cast<SlotId>(first + k * num_threads);
+        if (ready[k]) DropIfReady(planning_, slot, Adder());
+      }
     }
     block_.Sync();
   }
@@ -299,7 +310,7 @@ class BlockPlanner {
   Block& block_;
   BlockPlannerShared& shared_;
   int32_t* const first_of_expert_;  // [num_experts + 1]
-  std::conditional_t<kLearns, BlockNeedModel<Block>, NoModel> need_;
+  std::conditional_t<kLearns, BlockNeedScores<Block>, NoModel> need_;
   PlanningView planning_;
   const LayerPlanRequest& request_;
   const int32_t thread_;

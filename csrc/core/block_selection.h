@@ -16,8 +16,9 @@
 //
 // A `Block` is what a CUDA block gives its threads: kWarpSize, thread(), num_threads() (whole
 // warps), Sync(), within a warp Ballot(flag), MinOfWarp(value) and MaxOfWarp(value), and
-// Add(counter, amount), which is atomic and returns the value before. A `Source` has Visit(f),
-// which calls f(order, candidate) for every candidate of the calling thread.
+// Add(counter, amount), which is atomic and returns the value before. A `Source` has the calling
+// thread's candidates, some at once: VisitTiles(f) calls f(orders [kPerTile], candidate), where
+// candidate(k) is that of the k-th order; kNoOrder is none.
 
 namespace expertflow {
 
@@ -122,10 +123,22 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
   for (;;) {
     int32_t& counter = shared.num_listed[parity];
     if (least <= bound) {
-      source.Visit([&](uint32_t order, const Candidate& candidate) {
-        if (order > bound || !(floor < candidate) || ceiling < candidate) return;
-        const int32_t place = block.Add(counter, 1);
-        if (place < kListCapacity) shared.list[place] = candidate;
+      source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
+        uint32_t kept = 0;
+        EXPERTFLOW_UNROLL
+        for (int32_t k = 0; k < Source::kPerTile; ++k) {
+          const Candidate offered = candidate(k);
+          const bool keeps = (orders[k] <= bound) & (floor < offered) & !(ceiling < offered);
+          kept |= keeps ? uint32_t{1} << k : 0;
+        }
+        if (kept == 0) return;
+        int32_t place = block.Add(counter, CountBits(kept));
+        EXPERTFLOW_UNROLL
+        for (int32_t k = 0; k < Source::kPerTile; ++k) {
+          if ((kept >> k & 1) == 0) continue;
+          if (place < kListCapacity) shared.list[place] = candidate(k);
+          ++place;
+        }
       });
     }
     block.Sync();
@@ -160,8 +173,12 @@ EXPERTFLOW_DEVICE int32_t SelectSmallest(Block& block, BlockSelection& shared, S
     if (found < wanted || num_found == count) return num_found;
     floor = shared.last;
     least = kNoOrder;
-    source.Visit([&](uint32_t order, const Candidate& candidate) {
-      if (floor < candidate && order < least) least = order;
+    source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
+      EXPERTFLOW_UNROLL
+      for (int32_t k = 0; k < Source::kPerTile; ++k) {
+        const bool is_less = (floor < candidate(k)) & (orders[k] < least);
+        least = is_less ? orders[k] : least;
+      }
     });
     ShareLeast(block, shared, least);
     block.Sync();

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
 #include "core/ids.h"
 #include "core/plan.h"
 
@@ -45,6 +46,12 @@ struct RoutedIds {
   const int32_t* int32;
   int32_t count;  // at most kMaxRoutedIds
 };
+
+// An id below zero is as far out of range as one of 32 bits that is not.
+EXPERTFLOW_HD inline uint64_t IdAt(const RoutedIds& ids, int32_t i) {
+  if (ids.int64 != nullptr) return static_cast<uint64_t>(ids.int64[i]);
+  return static_cast<uint32_t>(ids.int32[i]);
+}
 
 // Who moves the misses.
 enum class MissFetch : int32_t {

@@ -12,13 +12,16 @@
 
 namespace expertflow {
 
-// The slots of one thread. Every warp has a stretch of the layer's range, so that also a small
-// range has slots in every warp. A tile of them is held in registers; only a table of more than one
+// The slots of one thread. The warps take turns with groups of neighbours: so slots that were
+// filled one after the other, and are as old, are in several warps (see core/block_selection.h),
+// also those of a small range. A tile of them is held in registers; only a table of more than one
 // tile is read again with every visit.
 template <class Policy, class Block>
 class OwnSlots {
  public:
   static constexpr int32_t kPerTile = 4;
+  // Neighbours in a warp: fewer take more accesses to memory, more leave old slots in fewer warps.
+  static constexpr int32_t kGroup = Block::kWarpSize < 8 ? Block::kWarpSize : 8;
   static constexpr int32_t kNotRouted = std::numeric_limits<int32_t>::max();
 
   // `first_of_expert` [num_experts + 1]: an expert's first place in the routed ids, or kNotRouted,
@@ -29,14 +32,16 @@ class OwnSlots {
         range_(RangeOf(planning, layer)),
         first_expert_(layer * planning.table.num_experts),
         first_of_expert_(first_of_expert) {
-    constexpr int32_t kMostPerWarp = kPerTile * Block::kWarpSize;
     const int32_t num_warps = block.num_threads() / Block::kWarpSize;
-    const int32_t even = (range_.end - range_.begin + num_warps - 1) / num_warps;
-    const int32_t per_warp = even < kMostPerWarp ? even : kMostPerWarp;
-    tile_size_ = per_warp * num_warps;
-    const int32_t stretch = block.thread() / Block::kWarpSize * per_warp;
-    stretch_end_ = stretch + per_warp;
-    offset_ = stretch + block.thread() % Block::kWarpSize;
+    const int32_t warp = block.thread() / Block::kWarpSize;
+    const int32_t lane = block.thread() % Block::kWarpSize;
+    // One each where some warps would have none.
+    const bool is_small = range_.end - range_.begin < num_warps * kGroup;
+    const int32_t in_group = is_small ? 0 : lane % kGroup;
+    const int32_t group = is_small ? lane : lane / kGroup;
+    offset_ = (group * num_warps + warp) * (is_small ? 1 : kGroup) + in_group;
+    num_threads_ = block.num_threads();
+    tile_size_ = kPerTile * num_threads_;
     spare_ = Exists(range_.begin, 0) ? SlotOf(range_.begin, 0) : range_.begin;
   }
 
@@ -63,9 +68,9 @@ class OwnSlots {
     return least;
   }
 
-  // Calls visit(order, candidate) for every slot that may be taken.
+  // As core/block_selection.h says; slots that may not be taken have no order.
   template <class Visitor>
-  EXPERTFLOW_DEVICE void Visit(Visitor&& visit) {
+  EXPERTFLOW_DEVICE void VisitTiles(Visitor&& visit) {
     const bool fits_registers = range_.end - range_.begin <= tile_size_;
     EXPERTFLOW_NO_UNROLL
     for (int32_t first = range_.begin; first < range_.end; first += tile_size_) {
@@ -73,21 +78,17 @@ class OwnSlots {
         LoadTile(first);
         RankTile(first, [](int32_t, SlotId, bool) {});
       }
-      EXPERTFLOW_UNROLL
-      for (int32_t k = 0; k < kPerTile; ++k) {
-        if (order_[k] != kNoOrder) visit(order_[k], Candidate{rank_[k], SlotOf(first, k)});
-      }
+      visit(order_, [&](int32_t k) { return Candidate{rank_[k], SlotOf(first, k)}; });
     }
   }
 
  private:
   EXPERTFLOW_DEVICE int32_t SlotOf(int32_t first, int32_t k) const {
-    return first + offset_ + k * Block::kWarpSize;
+    return first + offset_ + k * num_threads_;
   }
 
   EXPERTFLOW_DEVICE bool Exists(int32_t first, int32_t k) const {
-    const int32_t end = first + stretch_end_;
-    return SlotOf(first, k) < (end < range_.end ? end : range_.end);
+    return SlotOf(first, k) < range_.end;
   }
 
   // Without branches, and uses nothing that it loads: all loads are on their way at once.
@@ -140,11 +141,11 @@ class OwnSlots {
   const int32_t first_expert_;
   const int32_t* const first_of_expert_;
   const int32_t* scores_ = nullptr;
+  int32_t num_threads_;
   int32_t tile_size_;
-  int32_t stretch_end_;  // of the warp's slots in a tile
-  int32_t offset_;       // of the thread's first slot in a tile
-  int32_t spare_;        // read where no slot exists; the thread's own if there are several tiles,
-                         // since others write to theirs meanwhile
+  int32_t offset_;  // of the thread's first slot in a tile
+  int32_t spare_;   // read where no slot exists; the thread's own if there are several tiles,
+                    // since others write to theirs meanwhile
   Tick now_ = 0;
   int64_t origin_ = 0;
   SlotUse use_[kPerTile];

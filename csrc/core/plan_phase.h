@@ -9,11 +9,12 @@ enum class PlanPhase : int32_t {
   kPrepared,  // before the wait for the previous kernel
   kReleased,  // the wait
   kRouted,    // ids are known
+  kScored,    // what the policy learns of is scored
   kRanked,    // slots are read and ranked
   kCounted,   // hits and misses are known
   kSelected,  // victims are known
   kDone,      // all stores are on their way
 };
-constexpr int32_t kNumPlanPhases = 7;
+constexpr int32_t kNumPlanPhases = 8;
 
 }  // namespace expertflow

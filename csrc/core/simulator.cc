@@ -4,6 +4,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "core/simulation/ids_predictor.h"
 
@@ -56,6 +57,10 @@ Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)
     throw std::invalid_argument(
         "a layer's time must not be negative, and the experts' share of it must be in [0, 1]");
   }
+  if (!(config.copy_slowdown >= 0.0 && std::isfinite(config.copy_slowdown))) {
+    throw std::invalid_argument("copies cannot slow computation down by a share of " +
+                                std::to_string(config.copy_slowdown));
+  }
   prefetcher_.set_horizon(config.horizon);
   if (config.warmup_tokens < 0 || config.warmup_tokens >= trace.num_tokens) {
     throw std::invalid_argument("a warm-up of " + std::to_string(config.warmup_tokens) +
@@ -98,7 +103,7 @@ void Simulator::ResetCounts() {
 }
 
 void Simulator::RunLayer() {
-  now_ns_ += config_.layer_time_ns - ExpertNs();
+  Compute(config_.layer_time_ns - ExpertNs());
   transfers_.AdvanceTo(now_ns_);
   std::ranges::copy(trace_.experts(step_), routed_.begin());
   const int32_t layer = trace_.LayerOf(step_);
@@ -110,6 +115,12 @@ void Simulator::RunLayer() {
   }
   ComputeExperts(plan);
   ++step_;
+}
+
+void Simulator::Compute(int64_t work_ns) {
+  const int64_t end_ns = transfers_.EndOfCompute(now_ns_, work_ns, config_.copy_slowdown);
+  compute_ns_ += end_ns - now_ns_;
+  now_ns_ = end_ns;
 }
 
 const Plan& Simulator::PlanLayer(int32_t layer) {
@@ -155,7 +166,9 @@ LayerObservation Simulator::Observe() {
   const int64_t moved_bytes = now.demand_bytes + now.prefetch_bytes - before.counts.demand_bytes -
                               before.counts.prefetch_bytes;
   const auto to_us = [](int64_t ns) { return static_cast<double>(ns) * 1e-3; };
-  return {.compute_us = to_us(config_.layer_time_ns),
+  // Between two plans, as the caches measure it. Before the second there is nothing to measure.
+  const int64_t compute_ns = std::exchange(compute_ns_, 0);
+  return {.compute_us = to_us(step_ > 0 ? compute_ns : config_.layer_time_ns),
           .stall_us = to_us(observed_.stall_ns - before.stall_ns),
           .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
           .moved_bytes = static_cast<double>(moved_bytes),
@@ -195,7 +208,8 @@ void Simulator::ComputeExperts(const Plan& plan) {
     const int64_t ready_ns = transfers_.WaitUntilReady(row.slot, now_ns_);
     counts_.stall_ns += ready_ns - now_ns_;
     if (row.state == RowState::kLoading) counts_.late_stall_ns += ready_ns - now_ns_;
-    now_ns_ = ready_ns + expert_ns * (r + 1) / num_rows - expert_ns * r / num_rows;
+    now_ns_ = ready_ns;
+    Compute(expert_ns * (r + 1) / num_rows - expert_ns * r / num_rows);
     const int32_t next = planner_.Advance(static_cast<int32_t>(r));
     if (next == kNoRow) continue;
     const SlotId slot = plan.rows[static_cast<size_t>(next)].slot;

@@ -38,6 +38,7 @@ struct SimulatorConfig {
   size_t demand_chunk_bytes = 0;  // as for TransferQueue
   int64_t layer_time_ns = 0;      // compute of one layer
   double expert_share = 0.5;      // of the layer time: the routed experts, after the router
+  double copy_slowdown = 0.0;     // of computation while copies are under way, as a share of it
   int64_t warmup_tokens = 0;      // left out of the results
 };
 
@@ -55,7 +56,8 @@ struct SimulationResult {
 //
 // Each layer computes for (1 - expert_share) of its time, then routes, plans and prefetches, and
 // then computes its experts one after the other, resident ones first, waiting for those that are
-// not there yet: that wait is the stall. Deterministic.
+// not there yet: that wait is the stall. Copies under way slow computation down by `copy_slowdown`.
+// Deterministic.
 class Simulator {
  public:
   static constexpr int32_t kMaxHorizon = Prefetcher::kMaxHorizon;
@@ -85,6 +87,7 @@ class Simulator {
   void Prefetch(const Plan& plan);
   void PostPredicted();
   int64_t ExpertNs() const;
+  void Compute(int64_t work_ns);
   void ComputeExperts(const Plan& plan);
   void RankByNextUse(SlotId slot);
   void ResetCounts();
@@ -101,6 +104,7 @@ class Simulator {
   std::vector<Prediction> predictions_;
   int64_t step_ = 0;
   int64_t now_ns_ = 0;
+  int64_t compute_ns_ = 0;  // since the last plan that was observed
   SimulationResult counts_;
   // Totals when the scheduler looked last.
   struct {

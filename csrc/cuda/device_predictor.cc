@@ -82,6 +82,7 @@ void DevicePredictor::JoinLearning(cudaStream_t stream) {
   const DeviceGuard guard(device_);
   learned_.MakeWait(stream);
   is_learning_ = false;
+  is_next_after_learning_ = true;
 }
 
 void DevicePredictor::CheckLayer(int32_t layer, int32_t first) const {
@@ -113,7 +114,8 @@ void DevicePredictor::Observe(int32_t layer, const ObservedToken& token, cudaStr
                  .host_need = host_ ? host_need() : nullptr,
                  .host_words = host_ ? host_words() : nullptr,
                  .sequence = ++num_observed_},
-                launch_, stream);
+                launch_, !is_next_after_learning_, stream);
+  is_next_after_learning_ = false;
   observed_pass_[source] = pass_;
 }
 

@@ -103,7 +103,8 @@ class DevicePredictor {
   std::optional<PinnedMemory> host_;  // a word for each distance, then the needs
   CudaStream learning_stream_;
   CudaEvent observed_, learned_, followed_;
-  bool is_learning_ = false;  // since the last join
+  bool is_learning_ = false;             // since the last join
+  bool is_next_after_learning_ = false;  // the next Observe is the first since a join
   int64_t pass_ = 0;
   std::vector<int64_t> observed_pass_;  // [1 + layers] by source: the last one
   int32_t num_distances_ = 0;

@@ -53,7 +53,7 @@ void LaunchOverlapped(const KernelLaunch& launch, void** arguments, cudaStream_t
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = CanOverlap(launch.kernel) ? 1 : 0;
+  config.numAttrs = launch.may_start_early && CanOverlap(launch.kernel) ? 1 : 0;
   const cudaError_t code = cudaLaunchKernelExC(&config, launch.kernel, arguments);
   if (code != cudaSuccess) {  // the text costs host time
     CheckCuda(code, "cudaLaunchKernelExC", __FILE__, __LINE__, Describe(launch));

@@ -11,6 +11,7 @@ struct KernelLaunch {
   dim3 num_blocks;
   unsigned num_threads;
   size_t shared_bytes;
+  bool may_start_early = true;  // else it starts once all has ended that the stream waits for
 };
 
 // Enqueues a kernel with the addresses of its arguments. It may start before the one ahead of it in

@@ -1,6 +1,6 @@
 #include "cuda/planner_kernel.h"
 
-#include "core/block_need_model.h"
+#include "core/block_need_learner.h"
 #include "cuda/cuda_block.h"
 #include "cuda/planner_launch.h"
 
@@ -9,14 +9,12 @@ namespace {
 
 constexpr unsigned kLearningThreads = 512;
 
-// `first_use` [width] lies behind the words of the model.
 __global__ void __launch_bounds__(kLearningThreads)
     LearnNeedsKernel(const BlockNeedState state, int32_t layer) {
-  __shared__ BlockNeedShared shared;
+  __shared__ int32_t num_inputs;
   extern __shared__ int32_t shared_words[];
   CudaBlock block;
-  BlockNeedModel<CudaBlock>(block, shared, shared_words, state, layer)
-      .Learn(shared_words + NumNeedWords(state.model.num_experts));
+  BlockNeedLearner<CudaBlock>(block, num_inputs, shared_words, state, layer).Learn();
 }
 
 }  // namespace
@@ -32,7 +30,7 @@ void LaunchLearnNeeds(const PlanningView& planning, int32_t layer, cudaStream_t 
   CheckNeedModel(planning);
   const NeedState& model = planning.need.model;
   const auto* kernel = reinterpret_cast<const void*>(&LearnNeedsKernel);
-  const int32_t num_words = NumNeedWords(model.num_experts) + model.width;
+  const int32_t num_words = NumLearnerWords(model.num_experts, model.width);
   void* arguments[] = {const_cast<BlockNeedState*>(&planning.need), &layer};
   LaunchOverlapped({.kernel = kernel,
                     .num_blocks = 1,

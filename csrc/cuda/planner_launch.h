@@ -56,6 +56,7 @@ template <class Block>
 void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPlanRequest& request,
                        cudaStream_t stream) {
   constexpr size_t kMaxDynamicBytes = 48 * 1024 - sizeof(BlockPlannerShared);
+  if (planning.policy == PolicyKind::kPredictedNeed) CheckNeedModel(planning);
   const int64_t num_words = NumPlannerWords(planning.policy, planning.table.num_experts);
   const size_t shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words);
   CheckPlannable(request.layer >= 0 && request.layer < planning.table.num_layers, "layer",
@@ -65,7 +66,6 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
   CheckPlannable(shared_bytes <= kMaxDynamicBytes, "experts per layer", planning.table.num_experts,
                  planning.table.num_experts * static_cast<int64_t>(kMaxDynamicBytes) /
                      static_cast<int64_t>(shared_bytes));
-  if (planning.policy == PolicyKind::kPredictedNeed) CheckNeedModel(planning);
   const auto num_threads = static_cast<unsigned>(NumPlannerThreads(planning, request));
   WithPolicy(planning.policy, [&]<class Policy>(Policy) {
     const auto* kernel = reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block>);

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/block_need_learner.h"
 #include "every_policy.h"
 #include "host_block.h"
 #include "paired_planners.h"
@@ -29,10 +30,12 @@ class HostNeedState {
       : arrays_(shape.num_layers, shape.num_experts, shape.top_k, shape.num_slots),
         latest_count_(static_cast<size_t>(shape.num_layers)),
         latest_(static_cast<size_t>(shape.num_layers * shape.num_experts)),
-        to_learn_(static_cast<size_t>(shape.num_layers), -1) {}
+        to_learn_(static_cast<size_t>(shape.num_layers), -1),
+        ahead_sums_(static_cast<size_t>(arrays_.state().width)) {}
 
   BlockNeedState view() {
-    return {arrays_.state(), latest_count_.data(), latest_.data(), to_learn_.data(), &retried_};
+    return {arrays_.state(), latest_count_.data(), latest_.data(), to_learn_.data(), &retried_,
+            &ahead_,         ahead_sums_.data()};
   }
 
  private:
@@ -41,6 +44,8 @@ class HostNeedState {
   std::vector<int32_t> latest_;
   std::vector<int64_t> to_learn_;
   NeedRetry retried_;
+  NeedAhead ahead_;
+  std::vector<int32_t> ahead_sums_;
 };
 
 // The planner kernel on the CPU, with a table of its own.
@@ -50,8 +55,6 @@ class CpuBlockPlanner {
       : table_(shape.num_layers, shape.num_experts, shape.num_slots),
         statistics_(static_cast<size_t>(shape.num_layers)),
         need_(shape),
-        words_(static_cast<size_t>(NumPlannerWords(PolicyKind::kPredictedNeed, shape.num_experts) +
-                                   need_.view().model.width)),
         planning_(MakePlanningView(config, table_.view(), log2_table_.data(), statistics_.data())) {
     planning_.need = need_.view();
   }
@@ -68,8 +71,9 @@ class CpuBlockPlanner {
                                    .plan = &plan_,
                                    .host_plan = &host_plan_};
     WithPolicy(planning_.policy, [&]<class Policy>(Policy) {
+      int32_t* words = SharedWords(NumPlannerWords(planning_.policy, planning_.table.num_experts));
       RunHostBlock(NumThreads(request.ids.count), [&](HostBlock& block) {
-        BlockPlanner<Policy, HostBlock>(block, *shared_, words_.data(), planning_, request).Run();
+        BlockPlanner<Policy, HostBlock>(block, *shared_, words, planning_, request).Run();
       });
     });
     ExpectEqualPlans(host_plan_, plan_);
@@ -84,11 +88,17 @@ class CpuBlockPlanner {
 
  private:
   void Learn(int32_t layer) {
-    int32_t* first_use = words_.data() + NumNeedWords(planning_.table.num_experts);
+    const NeedState& model = planning_.need.model;
+    int32_t* words = SharedWords(NumLearnerWords(model.num_experts, model.width));
+    int32_t num_inputs;
     RunHostBlock(kNumThreads, [&](HostBlock& block) {
-      BlockNeedModel<HostBlock>(block, shared_->need, words_.data(), planning_.need, layer)
-          .Learn(first_use);
+      BlockNeedLearner<HostBlock>(block, num_inputs, words, planning_.need, layer).Learn();
     });
+  }
+
+  int32_t* SharedWords(int32_t num_words) {
+    words_.resize(static_cast<size_t>(num_words));
+    return words_.data();
   }
 
   static int32_t NumThreads(int32_t num_ids) {

@@ -23,11 +23,22 @@ struct RankSource {
   int32_t thread;
   int32_t num_threads;
 
+  static constexpr int32_t kPerTile = 2;
+
   template <class Visitor>
-  void Visit(Visitor&& visit) {
-    for (int32_t s = thread; s < static_cast<int32_t>(ranks.size()); s += num_threads) {
-      const int64_t rank = ranks[static_cast<size_t>(s)];
-      if (rank != kNoRank) visit(OrderOf(rank, origin), Candidate{rank, s});
+  void VisitTiles(Visitor&& visit) const {
+    const auto num_ranks = static_cast<int32_t>(ranks.size());
+    for (int32_t first = thread; first < num_ranks; first += kPerTile * num_threads) {
+      const auto candidate = [&](int32_t k) {
+        const int32_t s = first + k * num_threads;
+        return Candidate{s < num_ranks ? ranks[static_cast<size_t>(s)] : kNoRank, s};
+      };
+      const auto order = [&](int32_t k) {
+        const int64_t rank = candidate(k).rank;
+        return rank == kNoRank ? kNoOrder : OrderOf(rank, origin);
+      };
+      const uint32_t orders[kPerTile] = {order(0), order(1)};
+      visit(orders, candidate);
     }
   }
 };
@@ -40,7 +51,9 @@ std::vector<int32_t> SelectOnBlock(const std::vector<int64_t>& ranks, int32_t co
   RunHostBlock(num_threads, [&](HostBlock& block) {
     RankSource source{ranks, origin, block.thread(), block.num_threads()};
     uint32_t least = kNoOrder;
-    source.Visit([&](uint32_t order, const Candidate&) { least = std::min(least, order); });
+    source.VisitTiles([&](const uint32_t (&orders)[RankSource::kPerTile], const auto&) {
+      least = std::min({least, orders[0], orders[1]});
+    });
     ShareLeast(block, *shared, least);
     block.Sync();
     num_found[static_cast<size_t>(block.thread())] =

@@ -36,12 +36,20 @@ struct Shape {
   DType dtype;         // of the router inputs
   DType router_dtype;  // that the weights can be kept in
   bool has_biases = false;
+  int64_t num_steps = 60;
 };
 
 std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << shape.name; }
 
 using enum DType;
-const Shape kSoftmax = {"softmax", {.num_experts = 32, .top_k = 4}, 64, 5, 3, kBFloat16, kBFloat16};
+const Shape kSoftmax = {.name = "softmax",
+                        .rule = {.num_experts = 32, .top_k = 4},
+                        .hidden = 64,
+                        .num_layers = 5,
+                        .max_distance = 3,
+                        .dtype = kBFloat16,
+                        .router_dtype = kBFloat16,
+                        .num_steps = 300};
 const Shape kShapes[] = {
     kSoftmax,
     {"softmax_float_routers", {.num_experts = 16, .top_k = 2}, 72, 4, 2, kFloat32, kFloat32, true},
@@ -66,6 +74,23 @@ const Shape kShapes[] = {
      kBFloat16},
     {"eight_ahead", {.num_experts = 24, .top_k = 2}, 32, 10, 8, kBFloat16, kBFloat16},
     {"one_ahead", {.num_experts = 128, .top_k = 8}, 512, 3, 1, kBFloat16, kBFloat16},
+    // Rows of several parts, and on an H200 two or three groups of experts a block.
+    {.name = "many_blocks",
+     .rule = {.num_experts = 253, .top_k = 8},
+     .hidden = 1032,
+     .num_layers = 5,
+     .max_distance = 4,
+     .dtype = kBFloat16,
+     .router_dtype = kBFloat16,
+     .num_steps = 15},
+    {.name = "many_blocks_float_routers",
+     .rule = {.num_experts = 256, .top_k = 8},
+     .hidden = 776,
+     .num_layers = 5,
+     .max_distance = 4,
+     .dtype = kFloat32,
+     .router_dtype = kFloat32,
+     .num_steps = 15},
 };
 
 constexpr int32_t kNumBuckets = 11;
@@ -242,8 +267,7 @@ TEST_P(CudaPredictorRulesTest, ForeseesAndLearnsAsTheHost) {
   EXPECT_EQ(device.predictor().router_dtype(), shape.router_dtype);
   const auto top_k = Index(shape.rule.top_k);
   size_t num_ranked = 0, num_same = 0;
-  const int64_t num_steps = shape.name == kSoftmax.name ? 300 : 60;
-  for (int64_t step = 0; step < num_steps; ++step) {
+  for (int64_t step = 0; step < shape.num_steps; ++step) {
     const Pass pass = RandomPass(shape, random);
     const int64_t token = step * step % 31;
     device.SetToken(pass, token);
@@ -381,7 +405,7 @@ LearnedState StateAfter(const Shape& shape, bool with_graph) {
 }
 
 TEST_F(CudaPredictorTest, GivesTheSameBitsAgainAndFromAGraph) {
-  for (const Shape& shape : {kSoftmax, kShapes[8], kShapes[9]}) {
+  for (const Shape& shape : {kSoftmax, kShapes[8], kShapes[9], kShapes[11]}) {
     const LearnedState first = StateAfter(shape, false);
     for (const bool with_graph : {false, true}) {
       const LearnedState again = StateAfter(shape, with_graph);

@@ -65,6 +65,20 @@ TEST(SimulatorTest, PrefetchHidesTheComputeTimeUntilItsLayer) {
   EXPECT_EQ(result.counts.misses, 1);
 }
 
+TEST(SimulatorTest, CopiesUnderWaySlowComputationDown) {
+  SimulatorConfig config = TinyConfig(2, 1000);
+  config.predictor = PredictorKind::kOracle;
+  config.horizon = 1;
+  config.copy_slowdown = 0.02;  // the 1000 ns between two routers become 1020
+  EXPECT_EQ(Simulate(TinyTrace(), config).stall_ns, 1044 + 24 + 24);
+  config.copy_slowdown = 0.05;
+  const SimulationResult result = Simulate(TinyTrace(), config);
+  EXPECT_EQ(result.stall_ns, 1044);
+  EXPECT_EQ(result.prefetch_hits, 2);
+  config.predictor = PredictorKind::kNone;
+  EXPECT_EQ(Simulate(TinyTrace(), config).stall_ns, 3 * 1044) << "it slows nothing that waits";
+}
+
 TEST(SimulatorTest, PrefetchInTimeIsAPrefetchHit) {
   SimulatorConfig config = TinyConfig(2, 1200);
   config.predictor = PredictorKind::kOracle;
@@ -187,6 +201,9 @@ TEST(SimulatorTest, RefusesWhatDoesNotFit) {
   config.horizon = Simulator::kMaxHorizon + 1;
   EXPECT_THROW(Simulate(trace, config), std::invalid_argument);
   config = TinyConfig(2, -1);
+  EXPECT_THROW(Simulate(trace, config), std::invalid_argument);
+  config = TinyConfig(2, 1000);
+  config.copy_slowdown = -0.1;
   EXPECT_THROW(Simulate(trace, config), std::invalid_argument);
   config = TinyConfig(2, 1000);
   config.predictor = PredictorKind::kRecorded;

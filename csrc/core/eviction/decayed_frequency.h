@@ -51,7 +51,7 @@ struct DecayedFrequency {
   EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotUse& slot, Tick now) {
     const bool just_used = slot.needed > now - params.protected_ticks;
     const bool predicted = slot.predicted >= now;
-    return slot.key >= 0 && (just_used || predicted) ? slot.key + kProtected : slot.key;
+    return (slot.key >= 0) & (just_used | predicted) ? slot.key + kProtected : slot.key;
   }
 
   EXPERTFLOW_HD static int64_t Origin(const EvictionParams& params, Tick now) {

@@ -11,8 +11,8 @@
 
 // What NeedModel (eviction/need_model.h) keeps, as plain data in host or device memory, and what it
 // does to one weight or one expert. The model on the host and the one in the planner kernel
-// (core/block_need_model.h) are made of these functions, in integers: so they agree bit by bit,
-// whatever the order of their sums.
+// (core/block_need_step.h) are made of these functions, in integers: so
+// they agree bit by bit, whatever the order of their sums.
 
 namespace expertflow {
 
@@ -138,7 +138,14 @@ struct NeedRetry {
   int32_t layer = -1;
 };
 
-// The same with what a model on blocks of threads needs beside (core/block_need_model.h).
+// For which layer weights are summed already (core/block_need_ahead.h), or -1, and of how many
+// rows.
+struct alignas(8) NeedAhead {
+  int32_t layer = -1;
+  int32_t num_inputs = 0;
+};
+
+// The same with what a model on blocks of threads needs beside (core/block_need_step.h).
 struct BlockNeedState {
   NeedState model;
   // The last step of every layer once more, where a plan finds it before it knows its number.
@@ -146,6 +153,8 @@ struct BlockNeedState {
   int32_t* latest;        // [num_layers][num_experts]
   int64_t* to_learn;      // [num_layers] the step with which nothing was learned yet, or below 0
   NeedRetry* retried;
+  NeedAhead* ahead;
+  int32_t* ahead_sums;  // [width]
 };
 
 // Owns the arrays in host memory, as they are before the first step.

@@ -29,7 +29,7 @@ struct PredictedNeed {
   }
 
   EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotUse& slot, Tick now) {
-    const bool predicted = slot.key >= 0 && slot.predicted >= now;
+    const bool predicted = (slot.key >= 0) & (slot.predicted >= now);
     return predicted ? slot.key + kProtected : slot.key;
   }
 

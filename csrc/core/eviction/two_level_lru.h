@@ -11,8 +11,8 @@ struct TwoLevelLru {
   EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotUse& slot, Tick now) {
     const int64_t last_use = slot.key;
     const bool predicted = slot.predicted >= now;
-    const bool just_used = last_use >= 0 && last_use > now - params.protected_ticks;
-    return predicted || just_used ? last_use + kProtected : last_use;
+    const bool just_used = (last_use >= 0) & (last_use > now - params.protected_ticks);
+    return predicted | just_used ? last_use + kProtected : last_use;
   }
   EXPERTFLOW_HD static int64_t Origin(const EvictionParams&, Tick now) { return now; }
 };

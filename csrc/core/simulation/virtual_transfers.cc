@@ -68,6 +68,21 @@ void VirtualTransfers::AdvanceTo(int64_t now_ns) {
   while (!copies_.empty() && copies_.front().end_ns <= now_ns) EndFirstCopy();
 }
 
+int64_t VirtualTransfers::EndOfCompute(int64_t now_ns, int64_t work_ns, double copy_slowdown) {
+  if (copy_slowdown == 0.0) return now_ns + work_ns;
+  const double slowed = 1.0 + copy_slowdown;
+  AdvanceTo(now_ns);
+  while (!copies_.empty()) {
+    const int64_t copied_ns = copies_.front().end_ns;
+    const int64_t end_ns = now_ns + std::llround(static_cast<double>(work_ns) * slowed);
+    if (end_ns <= copied_ns) return end_ns;
+    work_ns -= std::llround(static_cast<double>(copied_ns - now_ns) / slowed);
+    now_ns = copied_ns;
+    EndFirstCopy();
+  }
+  return now_ns + work_ns;
+}
+
 int64_t VirtualTransfers::WaitUntilReady(SlotId slot, int64_t now_ns) {
   AdvanceTo(now_ns);
   while (table_.slot_state[Index(slot)] != SlotState::kReady) {

@@ -34,6 +34,10 @@ class VirtualTransfers {
   // Ends every copy that is over by then, and starts what follows it.
   void AdvanceTo(int64_t now_ns);
 
+  // Returns when computation of `work_ns` that begins at `now_ns` is over, which takes longer by a
+  // share of `copy_slowdown` while a copy is under way.
+  int64_t EndOfCompute(int64_t now_ns, int64_t work_ns, double copy_slowdown);
+
   // Returns when the slot is ready, not before `now_ns`.
   int64_t WaitUntilReady(SlotId slot, int64_t now_ns);
 

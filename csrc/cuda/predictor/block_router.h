@@ -10,25 +10,29 @@
 namespace expertflow::predictor {
 
 struct RouterShared {
-  SumScratch sums;
+  SumScratch sums, square_sums;
   alignas(16) float scores[kMaxExperts];
   float group_scores[2][kMaxExperts];  // the best and the second best of each group
   float last, next;                    // around the border
 };
 
-// How many of the `count` values are before the one of expert e, the larger first, then the lower
-// id. `count` is a multiple of 4.
+// How many of the `count` values are before the one of index e, the larger first, then the lower
+// index. `count` is a multiple of 4.
 __device__ inline int RankOf(const float* values, int count, int e) {
   const float own = values[e];
+  const int own_four = e / 4 * 4;
   int rank = 0;
 #pragma unroll 4
-  for (int i = 0; i < count; i += 4) {
+  for (int i = 0; i < own_four; i += 4) {
     const float4 other = *reinterpret_cast<const float4*>(values + i);
-    rank += other.x > own || (other.x == own && i < e);
-    rank += other.y > own || (other.y == own && i + 1 < e);
-    rank += other.z > own || (other.z == own && i + 2 < e);
-    rank += other.w > own || (other.w == own && i + 3 < e);
+    rank += (other.x >= own) + (other.y >= own) + (other.z >= own) + (other.w >= own);
   }
+#pragma unroll 4
+  for (int i = own_four; i < count; i += 4) {
+    const float4 other = *reinterpret_cast<const float4*>(values + i);
+    rank += (other.x > own) + (other.y > own) + (other.z > own) + (other.w > own);
+  }
+  for (int i = own_four; i < e; ++i) rank += values[i] == own;
   return rank;
 }
 
@@ -48,10 +52,9 @@ class BlockRouter {
   // As Router::ToMargins.
   __device__ Margin ToMargin(float logit, float correction) {
     const float score = rule_.is_sigmoid ? Logistic(logit) + correction : logit;
-    const float deviation = Deviation(score);
     shared_.scores[expert_] = is_expert_ ? score : -INFINITY;
     if (expert_ == 0) shared_.last = shared_.next = 0;
-    __syncthreads();
+    const float deviation = Deviation(score);
     bool is_eligible = is_expert_;
     if (rule_.num_groups > 1) {
       is_eligible = IsInChosenGroup() && is_expert_;
@@ -71,11 +74,12 @@ class BlockRouter {
   }
 
  private:
+  // Has barriers.
   __device__ float Deviation(float score) {
     const auto count = static_cast<float>(rule_.num_experts);
     const float mean = BlockSum(is_expert_ ? score : 0, shared_.sums) / count;
     const float distance = is_expert_ ? score - mean : 0;
-    return sqrtf(BlockSum(distance * distance, shared_.sums) / count);
+    return sqrtf(BlockSum(distance * distance, shared_.square_sums) / count);
   }
 
   // Ends with all threads past their reads of the scores.

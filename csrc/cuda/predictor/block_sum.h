@@ -14,7 +14,7 @@ __device__ inline float WarpSum(float value) {
 }
 
 // Replaces each value by its sum over the threads of the block, in an order that is always the
-// same. All threads call it, and `scratch` may be used again at once.
+// same. All threads call it; it is a barrier, and takes another one before `scratch` is used again.
 template <int kCount>
 __device__ void BlockSum(float (&values)[kCount], SumScratch& scratch) {
   static_assert(kCount <= kMaxSums);
@@ -31,7 +31,6 @@ __device__ void BlockSum(float (&values)[kCount], SumScratch& scratch) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) values[i] += scratch[i][w];
   }
-  __syncthreads();
 }
 
 __device__ inline float BlockSum(float value, SumScratch& scratch) {

@@ -89,6 +89,7 @@ size_t PlaceArrays(View& view, DType router_dtype, const RouterWeights& routers,
   arena.Take(view.schedules, sources * distances);
   arena.Take(view.previous, layers * hidden);
   arena.Take(view.partial, (distances + 1) * static_cast<size_t>(view.max_parts) * experts);
+  arena.Take(view.powers, (distances + 1) * static_cast<size_t>(view.max_parts));
   arena.Take(view.tickets, distances + 1);
   arena.Take(view.need, distances * experts);
   arena.Take(view.prefetch_ids, distances * list_size);

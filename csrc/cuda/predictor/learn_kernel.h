@@ -12,7 +12,7 @@
 namespace expertflow::predictor {
 
 struct LearnShared {
-  alignas(16) float x[kMaxLoads * 32 * 4];
+  alignas(16) float x[kLearnLoads * 32 * 4];
   SumScratch sums;
 };
 
@@ -28,12 +28,11 @@ class LearnBlock {
 
   // Experts' weights += coefficient * x.
   __device__ void UpdateWeights(int block) const {
-    const int num_parts = params_.split.weight_parts;
+    const int num_parts = params_.split.num_parts;
     const int per_pair = num_parts * NumGroups(view_);
     const int index = block / per_pair;
     const int expert = block % per_pair / num_parts * kWarps + static_cast<int>(threadIdx.x / 32);
-    const ChunkRange range(block % num_parts, params_.split.weight_part_chunks,
-                           view_.num_features / 4);
+    const ChunkRange range(block % num_parts, params_.split, 0, view_.num_features / 4);
     const bool is_expert = expert < view_.rule.num_experts;
     const size_t row = static_cast<size_t>(params_.pairs[index]) * num_experts_ + size_t(expert);
     auto* weights =
@@ -133,7 +132,7 @@ class LearnBlock {
                         float coefficient) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
-    for (int i = 0; i < kMaxLoads; ++i) {
+    for (int i = 0; i < kLearnLoads; ++i) {
       const int at = range.begin + 32 * i + lane;
       if (at >= range.end) continue;
       const float4 x = reinterpret_cast<const float4*>(shared_.x)[32 * i + lane];

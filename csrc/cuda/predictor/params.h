@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/host_device.h"
 #include "core/ids.h"
 #include "core/predictor/learned_state.h"
 
@@ -13,10 +14,15 @@ namespace expertflow::predictor {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// Loads of 16 bytes that a thread has under way at once: with kBlocksPerMultiprocessor blocks they
-// hold all that a launch of 16 MB reads, so it costs one latency of HBM.
-constexpr int kMaxLoads = 8;
-constexpr int kBlocksPerMultiprocessor = 4;
+
+// A thread of a prediction has so many parts of rows under way, each of so many copies of 16 bytes:
+// 128 KB in all blocks of a multiprocessor, where HBM delivers about 40 KB in its latency.
+constexpr int kPredictStages = 2;
+constexpr int kPredictLoads = 4;
+constexpr int kPredictBlocksPerMultiprocessor = 4;
+// One of an update has one part under way.
+constexpr int kLearnLoads = 8;
+constexpr int kLearnBlocksPerMultiprocessor = 4;
 
 constexpr int kMaxDistance = 8;
 constexpr int kMaxExperts = kThreads;  // the threads of a block take an expert each
@@ -63,8 +69,10 @@ struct View {
 
   float* previous;  // [L, H] directions of the pass before
 
-  // Of one launch: sums over parts of rows, and how many blocks are done with a distance.
+  // Of one launch: sums over parts of rows, squared lengths of the routers' parts of h, and how
+  // many blocks are done with a distance.
   float* partial;     // [max_distance + 1, max_parts, E]
+  float* powers;      // [max_distance + 1, max_parts]
   uint32_t* tickets;  // [max_distance + 1]
   int32_t max_parts;
 
@@ -73,17 +81,28 @@ struct View {
   int32_t* prefetch_counts;  // [max_distance]
 };
 
-// How rows are cut into parts of at most 32 * kMaxLoads chunks of 16 bytes. A warp takes the same
-// part of an expert of each of some groups of kWarps experts, one after the other.
-struct Split {
-  int32_t weight_parts, weight_part_chunks;
-  int32_t router_parts, router_part_chunks;
-  int32_t groups_per_block = 1;
+// Into how many parts rows are cut, each of at most so many chunks of 16 bytes.
+struct RowSplit {
+  int32_t num_parts;
+  int32_t part_chunks;
+};
+
+// The parts of a prediction. Those of the weights belong to h or to the other features, never to
+// both, so that sums over parts can be divided by the length of h.
+struct PredictSplit {
+  RowSplit routers;
+  RowSplit directions;
+  RowSplit rest;
+
+  // Of one expert, the routers' first. The layer's own routing, distance 0, has no weights.
+  EXPERTFLOW_HD int32_t NumParts(int32_t distance) const {
+    return routers.num_parts + (distance > 0 ? directions.num_parts + rest.num_parts : 0);
+  }
 };
 
 struct PredictParams {
   View view;
-  Split split;
+  PredictSplit split;
   int32_t layer;
   int32_t num_distances;
   int32_t first_pair;
@@ -100,7 +119,7 @@ struct PredictParams {
 
 struct LearnParams {
   View view;
-  Split split;
+  RowSplit split;  // of the weights
   int32_t layer;
   int32_t num_pairs;
   int32_t distances[kMaxDistance];

@@ -2,7 +2,8 @@
 
 #include "cuda/grid_dependency.h"
 #include "cuda/predictor/features.h"
-#include "cuda/predictor/row_part.h"
+#include "cuda/predictor/keep_inputs.h"
+#include "cuda/predictor/part_sums.h"
 #include "cuda/predictor/summary.h"
 
 // One pass over the weights: a block takes the same part of the rows of some groups of kWarps
@@ -11,127 +12,137 @@
 
 namespace expertflow::predictor {
 
-struct PredictShared {
-  alignas(16) float x[kMaxLoads * 32 * 8];  // a part's features, of at most 8 elements a chunk
-  SumScratch sums;
+union PredictShared {
+  PartRing ring;
+  KeepShared keep;
   SummaryShared summary;
-  unsigned ticket;
 };
 
-// Blocks are [distances, blocks of groups, parts], the weights' parts before the routers'. The
-// last distance is 0, which has no weights.
+// Blocks are [1 + parts of all distances, blocks that share the groups of experts]. The first row
+// of blocks has one that keeps what the update needs.
 struct PredictWork {
   int distance;
+  int part;  // of the distance
   int first_group;
   int end_group;
-  int part;
-  bool is_there;
 
-  __device__ explicit PredictWork(const PredictParams& params) {
-    const auto plane = static_cast<int>(blockIdx.z);
-    distance = plane < params.num_distances ? plane + 1 : 0;
-    first_group = static_cast<int>(blockIdx.y) * params.split.groups_per_block;
-    end_group = min(first_group + params.split.groups_per_block, NumGroups(params.view));
-    part = static_cast<int>(blockIdx.x);
-    is_there = part < NumParts(params.split, distance);
+  __device__ static bool IsKeeper() { return blockIdx.y == 0; }
+
+  __device__ explicit PredictWork(const PredictParams& params)
+      : distance(0), part(static_cast<int>(blockIdx.y) - 1) {
+    const int num_own = params.layer < 0 ? 0 : params.split.NumParts(0);
+    if (part >= num_own) {
+      const int num_parts = params.split.NumParts(1);
+      distance = 1 + (part - num_own) / num_parts;
+      part = (part - num_own) % num_parts;
+    }
+    const int num_groups = NumGroups(params.view);
+    const auto block = static_cast<int>(blockIdx.x), num_blocks = static_cast<int>(gridDim.x);
+    first_group = block * num_groups / num_blocks;
+    end_group = (block + 1) * num_groups / num_blocks;
   }
 };
 
-// A part of the rows of groups of experts, `matrix` [experts, num_chunks of 16 bytes].
-template <class Scalar>
-__device__ float SumPart(const PredictParams& params, PredictShared& shared,
-                         const PredictWork& work, Features& features, const void* matrix,
-                         int num_chunks, const ChunkRange& range) {
-  constexpr int kFours = mlp::kChunkElements<Scalar> / 4;
-  const auto thread = static_cast<int>(threadIdx.x);
-  const auto expert_of = [&](int group) { return group * kWarps + thread / 32; };
-  const auto is_expert = [&](int group) {
-    return group < work.end_group && expert_of(group) < params.view.rule.num_experts;
-  };
-  const auto row_of = [&](int group) {
-    return static_cast<const uint4*>(matrix) + size_t(expert_of(group)) * size_t(num_chunks);
-  };
-  RowPart weights;
-  weights.Load(row_of(work.first_group), range, is_expert(work.first_group));
-  const int target = params.layer + work.distance;
-  const int first = range.begin * kFours, count = (range.end - range.begin) * kFours;
-  const int num_directions = params.view.hidden / 4;
-  auto* x = reinterpret_cast<float4*>(shared.x);
-  for (int i = thread; i < count; i += kThreads) x[i] = features.Raw4(target, 4 * (first + i));
-  const float length = features.MeasureLength(shared.sums);
-  for (int i = thread; i < count && first + i < num_directions; i += kThreads) {
-    x[i] = features.ToDirection(x[i]);
+template <class RouterScalar>
+__device__ void SumRouters(const PredictParams& params, PartRing& ring, const PredictWork& work) {
+  const View& view = params.view;
+  const int num_chunks = view.hidden / mlp::kChunkElements<RouterScalar>;
+  const size_t first_row = static_cast<size_t>(params.layer + work.distance) *
+                           static_cast<size_t>(view.rule.num_experts);
+  const PartSums<RouterScalar> sums(
+      ring,
+      {.rows = static_cast<const uint4*>(view.routers) + first_row * size_t(num_chunks),
+       .num_chunks = num_chunks,
+       .range = ChunkRange(work.part, params.split.routers, 0, num_chunks)},
+      view.rule.num_experts, work.first_group, work.end_group);
+  sums.Start();
+  WaitForPrerequisites();
+  LetDependentsStart();
+  int at[sums.kNumFours];
+  float4 x[sums.kNumFours];
+  sums.FindFours(at);
+  Features(params).LoadHidden(at, x);
+  if (work.first_group == 0 && threadIdx.x < 32) {
+    float power = 0;
+    for (const float4& four : x) power += Power(four);
+    power = WarpSum(power);
+    if (threadIdx.x == 0) PowersOf(params, work.distance)[work.part] = power;
   }
-  __syncthreads();
-  float* sums = params.view.partial + PartialRow(params, work.distance, work.part);
-#pragma unroll 1
-  for (int group = work.first_group; group < work.end_group; ++group) {
-    const float sum = WarpSum(
-        weights.DotAndLoad<Scalar>(shared.x, range, row_of(group + 1), is_expert(group + 1)));
-    if (thread % 32 == 0 && is_expert(group)) sums[expert_of(group)] = sum;
-  }
-  return length;
+  sums.Sum(x, PartialOf(params, work.distance, work.part));
 }
 
-// Returns the length of the router input.
-template <class RouterScalar>
-__device__ float SumPartOf(const PredictParams& params, PredictShared& shared,
-                           const PredictWork& work, Features& features) {
+__device__ inline void SumWeights(const PredictParams& params, PartRing& ring,
+                                  const PredictWork& work) {
   const View& view = params.view;
-  const Split& split = params.split;
-  const auto num_experts = static_cast<size_t>(view.rule.num_experts);
-  const int num_weight_parts = work.distance > 0 ? split.weight_parts : 0;
-  if (work.part < num_weight_parts) {
-    const int num_chunks = view.num_features / mlp::kChunkElements<float>;
-    const auto pair = static_cast<size_t>(params.first_pair + work.distance - 1);
-    return SumPart<float>(params, shared, work, features,
-                          view.weights + pair * num_experts * size_t(view.num_features), num_chunks,
-                          ChunkRange(work.part, split.weight_part_chunks, num_chunks));
+  const PredictSplit& split = params.split;
+  constexpr int kElements = mlp::kChunkElements<float>;
+  const int num_chunks = view.num_features / kElements;
+  const int first_rest = view.hidden / kElements;
+  const int part = work.part - split.routers.num_parts;
+  const bool is_direction = part < split.directions.num_parts;
+  const size_t first_row = static_cast<size_t>(params.first_pair + work.distance - 1) *
+                           static_cast<size_t>(view.rule.num_experts);
+  const PartSums<float> sums(
+      ring,
+      {.rows = reinterpret_cast<const uint4*>(view.weights) + first_row * size_t(num_chunks),
+       .num_chunks = num_chunks,
+       .range = is_direction ? ChunkRange(part, split.directions, 0, first_rest)
+                             : ChunkRange(part - split.directions.num_parts, split.rest, first_rest,
+                                          num_chunks)},
+      view.rule.num_experts, work.first_group, work.end_group);
+  const Features features(params);
+  const int target = params.layer + work.distance;
+  int at[sums.kNumFours];
+  float4 x[sums.kNumFours];
+  sums.FindFours(at);
+  if (!is_direction && threadIdx.x < 32) features.PrefetchRest(target, at);
+  sums.Start();
+  WaitForPrerequisites();
+  LetDependentsStart();
+  if (is_direction) {
+    features.LoadHidden(at, x);
+  } else {
+    features.LoadRest(target, at, x);
   }
-  const int num_chunks = view.hidden / mlp::kChunkElements<RouterScalar>;
-  const auto target = static_cast<size_t>(params.layer + work.distance);
-  return SumPart<RouterScalar>(
-      params, shared, work, features,
-      static_cast<const RouterScalar*>(view.routers) + target * num_experts * size_t(view.hidden),
-      num_chunks, ChunkRange(work.part - num_weight_parts, split.router_part_chunks, num_chunks));
+  sums.Sum(x, PartialOf(params, work.distance, work.part));
 }
 
 // Whether this block is the last of `num_blocks` to come here: then it sees what all wrote before.
 // The ticket is back at 0 afterwards.
-__device__ inline bool IsLast(uint32_t* ticket, int num_blocks, unsigned& shared) {
+__device__ inline bool IsLast(uint32_t* ticket, unsigned num_blocks, unsigned& shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    shared = atomicInc(ticket, static_cast<unsigned>(num_blocks - 1));
-    __threadfence();
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(shared)
+                 : "l"(__cvta_generic_to_global(ticket)), "r"(num_blocks - 1)
+                 : "memory");
   }
   __syncthreads();
-  return shared == static_cast<unsigned>(num_blocks - 1);
+  return shared == num_blocks - 1;
 }
 
 template <class RouterScalar>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kPredictBlocksPerMultiprocessor)
     PredictKernel(const __grid_constant__ PredictParams params) {
   __shared__ PredictShared shared;
-  WaitForPrerequisites();
-  LetDependentsStart();
-  const PredictWork work(params);
-  if (!work.is_there) return;
-  Features features(params);
-  if (work.distance == 0 && params.layer < 0) {  // an embedding routes nothing
-    if (work.part > 0 || work.first_group > 0) return;
-    const float length = features.MeasureLength(shared.sums);
-    Summary(params, shared.summary, features, length, 0).KeepInputs();
+  __shared__ unsigned ticket;
+  if (PredictWork::IsKeeper()) {
+    WaitForPrerequisites();
+    LetDependentsStart();
+    if (blockIdx.x == 0) KeepBlock(params, shared.keep).Keep();
     return;
   }
-  const float length = SumPartOf<RouterScalar>(params, shared, work, features);
-  const int num_blocks =
-      NumGroupBlocks(params.view, params.split) * NumParts(params.split, work.distance);
-  if (!IsLast(params.view.tickets + work.distance, num_blocks, shared.ticket)) return;
-  const Summary summary(params, shared.summary, features, length, work.distance);
+  const PredictWork work(params);
+  if (work.part < params.split.routers.num_parts) {
+    SumRouters<RouterScalar>(params, shared.ring, work);
+  } else {
+    SumWeights(params, shared.ring, work);
+  }
+  const unsigned num_blocks = gridDim.x * unsigned(params.split.NumParts(work.distance));
+  if (!IsLast(params.view.tickets + work.distance, num_blocks, ticket)) return;
+  const Summary summary(params, shared.summary, work.distance);
   if (work.distance == 0) {
     summary.SetTargets();
-    summary.KeepInputs();
   } else {
     summary.Foresee();
   }

@@ -1,0 +1,136 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/block_need_ahead.h"
+#include "core/eviction/need_state.h"
+#include "core/host_device.h"
+
+// The second half of what NeedModel::Observe (eviction/need_model.h) does, in a kernel of its own
+// behind the plan, which nothing waits for; and what makes the next plan short. The first half is
+// core/block_need_scores.h.
+
+namespace expertflow {
+
+// Words of shared memory that learning needs.
+EXPERTFLOW_HD inline int32_t NumLearnerWords(int32_t num_experts, int32_t width) {
+  return NeedRules::kNumSources * num_experts + width;
+}
+
+// Four neighbouring weights, read at once.
+struct alignas(8) FourWeights {
+  int16_t of[4];
+};
+
+template <class Block>
+class BlockNeedLearner {
+ public:
+  // `num_inputs` and `shared_words` [NumLearnerWords(num_experts, width)] lie in shared memory.
+  EXPERTFLOW_DEVICE BlockNeedLearner(Block& block, int32_t& num_inputs, int32_t* shared_words,
+                                     const BlockNeedState& state, int32_t layer)
+      : block_(block),
+        num_inputs_(num_inputs),
+        state_(state),
+        model_(state.model),
+        inputs_(shared_words),
+        first_use_(shared_words + NeedRules::kNumSources * state.model.num_experts),
+        layer_(layer),
+        thread_(block.thread()),
+        lane_(block.thread() % Block::kWarpSize),
+        warp_(block.thread() / Block::kWarpSize),
+        num_warps_(block.num_threads() / Block::kWarpSize) {}
+
+  // Learns, once, from the step whose needs are known with the last one that was observed, and sums
+  // for the next layer.
+  EXPERTFLOW_DEVICE void Learn() {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e < model_.width; e += block_.num_threads()) {
+      first_use_[e] = model_.window + 1;
+    }
+    if (thread_ == 0) num_inputs_ = 0;
+    block_.WaitForPrevious();
+    const int64_t number = state_.to_learn[layer_];
+    block_.Sync();
+    if (thread_ == 0) state_.to_learn[layer_] = -1;
+    if (number >= model_.window) LearnFrom(number - model_.window);
+    block_.Sync();
+    SumNeedsAhead(block_, state_, layer_, first_use_, num_inputs_);
+  }
+
+ private:
+  EXPERTFLOW_DEVICE void LearnFrom(int64_t past) {
+    FindUses(past);
+    AddInputs(past);
+    block_.Sync();
+    const int16_t* foreseen = model_.Foreseen(layer_, past);
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e < model_.width; e += block_.num_threads()) {
+      const int32_t label =
+          first_use_[e] > model_.window ? 0 : NeedRules::Label(first_use_[e], model_.window);
+      first_use_[e] = NeedRules::Gradient(label, model_.sigmoid[foreseen[e]]);
+    }
+    block_.Sync();
+    StepWeights(first_use_);
+  }
+
+  // first_use_[expert]: how many tokens after `past` it is used first, if within the window.
+  EXPERTFLOW_DEVICE void FindUses(int64_t past) {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t distance = 1 + warp_; distance <= model_.window; distance += num_warps_) {
+      const NeedStep* step = model_.Step(layer_, past + distance);
+      const int32_t* routed = model_.Routed(layer_, past + distance);
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t i = lane_; i < step->num_experts; i += Block::kWarpSize) {
+        block_.Min(first_use_[routed[i]], distance);
+      }
+    }
+  }
+
+  EXPERTFLOW_DEVICE void AddInputs(int64_t past) {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t s = warp_; s < NeedRules::kNumSources; s += num_warps_) {
+      const int64_t number = model_.Step(layer_, past)->source_steps[s];
+      const int32_t source_layer = model_.SourceLayer(layer_, s);
+      const NeedStep* step = model_.Step(source_layer, number);
+      const int32_t count = step == nullptr ? 0 : step->num_experts;
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t i = lane_; i < count; i += Block::kWarpSize) {
+        const int32_t row = model_.WeightRow(layer_, s, model_.Routed(source_layer, number)[i]);
+        inputs_[block_.Add(num_inputs_, 1)] = row;
+      }
+    }
+  }
+
+  EXPERTFLOW_DEVICE void StepWeights(const int32_t* gradient) {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t i = warp_; i < num_inputs_; i += num_warps_) {
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t e = 4 * lane_; e < model_.width; e += 4 * Block::kWarpSize) {
+        FourWeights weights = *Four(inputs_[i], e);
+        EXPERTFLOW_UNROLL
+        for (int32_t j = 0; j < 4; ++j) {
+          weights.of[j] = NeedRules::Stepped(weights.of[j], static_cast<int16_t>(gradient[e + j]));
+        }
+        *Four(inputs_[i], e) = weights;
+      }
+    }
+  }
+
+  EXPERTFLOW_DEVICE FourWeights* Four(int32_t row, int32_t expert) const {
+    return reinterpret_cast<FourWeights*>(model_.Weights(row) + expert);
+  }
+
+  Block& block_;
+  int32_t& num_inputs_;  // rows in `inputs_`
+  const BlockNeedState& state_;
+  const NeedState& model_;
+  int32_t* const inputs_;     // [kNumSources * num_experts] rows of the weights
+  int32_t* const first_use_;  // [width], then the gradients
+  const int32_t layer_;
+  const int32_t thread_;
+  const int32_t lane_;
+  const int32_t warp_;
+  const int32_t num_warps_;
+};
+
+}  // namespace expertflow

@@ -1,0 +1,162 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/block_need_step.h"
+#include "core/eviction/need_state.h"
+#include "core/host_device.h"
+#include "core/ids.h"
+
+namespace expertflow {
+
+// The first half of what NeedModel::Observe (eviction/need_model.h) does, by the block of threads
+// that plans (core/block_planner.h): scores a layer's experts after what is routed now. The second
+// half is core/block_need_learner.h.
+//
+// The plan waits for it. What the sources before this step add to the scores is summed already, if
+// the block learned after the plan before (core/block_need_ahead.h), and is summed here otherwise.
+template <class Block>
+class BlockNeedScores {
+ public:
+  // `scores` [num_experts] lie in shared memory.
+  EXPERTFLOW_DEVICE BlockNeedScores(Block& block, int32_t* scores, const BlockNeedState& state,
+                                    int32_t layer)
+      : block_(block),
+        state_(state),
+        model_(state.model),
+        scores_(scores),
+        layer_(layer),
+        thread_(block.thread()),
+        layer_of_thread_(thread_ < NeedRules::kNumSources ? model_.SourceLayer(layer, thread_) : 0),
+        only_first_is_this_step_(model_.num_layers > NeedRules::kLayersBack) {}
+
+  // Asks for all that does not depend on what is routed now.
+  EXPERTFLOW_DEVICE void Ask() {
+    retried_ = *state_.retried;
+    ahead_ = *state_.ahead;
+    number_ = model_.num_steps[layer_];
+    if (thread_ < NeedRules::kNumSources) source_steps_ = model_.num_steps[layer_of_thread_];
+    if (thread_ < model_.num_experts) expert_ = Read(thread_);
+  }
+
+  // Whether the plan of tick `now` is the first to see its routes.
+  EXPERTFLOW_DEVICE bool IsNew(Tick now) const {
+    return retried_.layer != layer_ || retried_.tick != now;
+  }
+
+  // Scores the layer's experts, and calls scored(expert, score) for each by one thread. `routed`
+  // [num_ids] are the experts of the ids, `first_of_expert` [num_experts] an expert's first place
+  // there, or `not_routed`. Afterwards scores() can be read. Called by all threads, behind a
+  // barrier; ends with one.
+  template <class Scored>
+  EXPERTFLOW_DEVICE void Observe(const int32_t* routed, int32_t num_ids,
+                                 const int32_t* first_of_expert, int32_t not_routed,
+                                 Scored&& scored) {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e < model_.num_experts; e += block_.num_threads()) {
+      if (e != thread_) expert_ = Read(e);
+      const WeightSum sum = SumWeights(e, routed, num_ids, first_of_expert);
+      scores_[e] = Score(e, sum, first_of_expert[e] != not_routed);
+      scored(e, scores_[e]);
+    }
+    block_.Sync();
+  }
+
+  EXPERTFLOW_DEVICE const int32_t* scores() const { return scores_; }
+
+  // Records the step that was observed, in which `num_rows` experts are routed: `expert` at `place`
+  // of them, or none of the thread's if below 0. At the end of a plan, since nothing in it waits
+  // for that. Called by all threads.
+  EXPERTFLOW_DEVICE void Record(int32_t expert, int32_t place, int32_t num_rows) {
+    if (expert >= 0) {
+      model_.Routed(layer_, number_)[place] = expert;
+      state_.latest[int64_t{layer_} * model_.num_experts + place] = expert;
+    }
+    NeedStep& step = model_.steps[model_.StepIndex(layer_, number_)];
+    if (thread_ < NeedRules::kNumSources) {
+      const bool is_this_step = thread_ != 1 && layer_of_thread_ == layer_;
+      step.source_steps[thread_] = is_this_step ? number_ : source_steps_ - 1;
+    }
+    if (thread_ != 0) return;
+    step.number = number_;
+    step.num_experts = state_.latest_count[layer_] = num_rows;
+    model_.num_steps[layer_] = number_ + 1;
+    state_.to_learn[layer_] = number_;
+    state_.ahead->layer = -1;
+  }
+
+  // Whether the plan found no slots and comes again; by one thread, at its end.
+  EXPERTFLOW_DEVICE void NoteOutcome(bool comes_again, Tick now) {
+    *state_.retried = {now, comes_again ? layer_ : -1};
+  }
+
+ private:
+  // What the model has of an expert.
+  struct OfExpert {
+    int32_t sum_ahead;
+    int32_t score;
+    int16_t frequency;
+  };
+
+  EXPERTFLOW_DEVICE OfExpert Read(int32_t e) const {
+    return {state_.ahead_sums[e], Scores()[e], Frequency()[e]};
+  }
+  EXPERTFLOW_DEVICE int16_t* Frequency() const {
+    return model_.frequency + int64_t{layer_} * model_.width;
+  }
+  EXPERTFLOW_DEVICE int32_t* Scores() const {
+    return model_.scores + int64_t{layer_} * model_.num_experts;
+  }
+
+  EXPERTFLOW_DEVICE WeightSum SumWeights(int32_t e, const int32_t* routed, int32_t num_ids,
+                                         const int32_t* first_of_expert) const {
+    const bool is_ahead = ahead_.layer == layer_;
+    WeightSum sum;
+    if (is_ahead) sum = {expert_.sum_ahead, ahead_.num_inputs};
+    const auto add_routed = [&](int32_t source) {
+      AddWeights(sum, model_, layer_, source, e, routed, num_ids,
+                 [=](int32_t i, int32_t expert) { return first_of_expert[expert] == i; });
+    };
+    add_routed(0);
+    // Mostly that is all.
+    if (is_ahead && only_first_is_this_step_) return sum;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t s = 1; s < NeedRules::kNumSources; ++s) {
+      if (IsThisStep(model_, layer_, s)) {
+        add_routed(s);
+      } else if (!is_ahead) {
+        AddLatestWeights(sum, state_, layer_, s, e);
+      }
+    }
+    return sum;
+  }
+
+  EXPERTFLOW_DEVICE int32_t Score(int32_t e, const WeightSum& weights, bool used) {
+    const auto frequency =
+        static_cast<int16_t>(NeedRules::Decayed(expert_.frequency) + (used ? NeedRules::kUse : 0));
+    const int32_t logit =
+        NeedRules::Logit(weights.sum, weights.num_inputs, model_.top_k, frequency);
+    const int32_t score = NeedRules::Score(logit, expert_.score);
+    Scores()[e] = score;
+    Frequency()[e] = frequency;
+    model_.Foreseen(layer_, number_)[e] = NeedRules::SigmoidIndex(logit);
+    return score;
+  }
+
+  Block& block_;
+  const BlockNeedState& state_;
+  const NeedState& model_;
+  int32_t* const scores_;
+  const int32_t layer_;
+  const int32_t thread_;
+  const int32_t layer_of_thread_;  // of the source that is the thread's
+  const bool only_first_is_this_step_;
+
+  NeedRetry retried_{};
+  NeedAhead ahead_{};
+  int64_t number_ = 0;  // of the step
+  int64_t source_steps_ = 0;
+  OfExpert expert_{};  // that the thread is scoring
+};
+
+}  // namespace expertflow

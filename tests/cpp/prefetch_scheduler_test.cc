@@ -116,6 +116,16 @@ TEST(HorizonControllerTest, LateStallDoesNotRaiseItWhereThatDoesNotHelp) {
   EXPECT_EQ(highest, 2);
 }
 
+// As in a small cache, where what is fetched early takes the place of what is needed before it.
+TEST(HorizonControllerTest, LooksLessFarAheadThanTheLeadWhereThatSavesStall) {
+  HorizonController controller(8, 4, kExpertBytes);
+  for (int i = 0; i < 60 * 1024; ++i) Step(controller, 25e9, 1, 2.0 * controller.horizon());
+  EXPECT_EQ(controller.horizon(), 1) << "of a lead of 4";
+  // A layer more is tried again once the stall has grown, and stays where it saves.
+  for (int i = 0; i < 60 * 1024; ++i) Step(controller, 25e9, 1, 40.0 / controller.horizon());
+  EXPECT_EQ(controller.horizon(), 8);
+}
+
 // One layer in forty waits, and a longer horizon shortens or lengthens that wait.
 TEST(HorizonControllerTest, ADuelIsWonByMoreThanChance) {
   for (const double gain : {-0.1, 0.0, 0.4}) {

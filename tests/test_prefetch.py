@@ -84,7 +84,8 @@ def test_first_layers_are_foreseen_from_the_embedding(tiny_streamed, predicting)
     generate(model, token_ids(5), 40)  # on a busy machine most come late, and count as demands
     assert first_layer_prefetches(model) > 0
     weights = model.predictor._core.state["weights"]
-    assert weights[:3].any(axis=(1, 2)).all(), "each distance from the embedding has learned"
+    learned = weights[:3].any(axis=(1, 2)).tolist()
+    assert learned == [True, True, False], "of the horizon from the embedding, and one more"
 
 
 def test_embeddings_instead_of_ids_and_prompts_are_not_foreseen(tiny_streamed, predicting):

@@ -51,11 +51,7 @@ void PrefetchScheduler::UpdatePrice() {
   const double allowed = kCostShare * std::max(balance_.gain, 0.0);
   const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);
-}
-
-bool PrefetchScheduler::Expects(const Prediction& prediction) const {
-  const auto need = static_cast<double>(prediction.need);
-  return need >= (1.0 - need) * price_;
+  least_need_ = price_ / (1.0 + price_);
 }
 
 bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead) const {

@@ -85,7 +85,9 @@ class PrefetchScheduler {
   int32_t BeginToken(double compute_us);
 
   // Whether the expert, which is resident, should stay until its layer.
-  bool Expects(const Prediction& prediction) const;
+  bool Expects(const Prediction& prediction) const {
+    return static_cast<double>(prediction.need) >= least_need_;
+  }
 
   // `bytes_ahead`: queued prefetches that are needed no later than this one.
   bool Admits(const Prediction& prediction, double bytes_ahead) const;
@@ -121,6 +123,7 @@ class PrefetchScheduler {
   double transfer_us_ = 0.0;  // of one expert; 0: the bandwidth is not known yet
   double missing_us_ = 0.0;   // to `distance` whole layers, where a token begins
   double price_ = kFirstPrice;
+  double least_need_ = kFirstPrice / (1.0 + kFirstPrice);  // that is worth the price
 };
 
 }  // namespace expertflow

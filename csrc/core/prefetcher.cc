@@ -185,13 +185,12 @@ void Prefetcher::RankRow(int32_t distance, std::span<const float> need) {
     const Prediction prediction{distance, expert, need[static_cast<size_t>(expert)]};
     if (prediction.need > 0.0F && IsExpected(prediction)) ranked_.push_back(prediction);
   }
+  if (!is_fixed()) return;  // they are ranked with those of the other layers
   const auto begin = ranked_.begin() + first;
-  const auto count = ranked_.end() - begin;
-  const auto num_ranked = is_fixed() ? std::min<ptrdiff_t>(count, top_k_) : count;
-  std::partial_sort(begin, begin + num_ranked, ranked_.end(),
-                    [](const Prediction& a, const Prediction& b) {
-                      return a.need != b.need ? a.need > b.need : a.expert < b.expert;
-                    });
+  const auto end = begin + std::min<ptrdiff_t>(ranked_.end() - begin, top_k_);
+  std::partial_sort(begin, end, ranked_.end(), [](const Prediction& a, const Prediction& b) {
+    return a.need != b.need ? a.need > b.need : a.expert < b.expert;
+  });
 }
 
 SlotId Prefetcher::Take(ExpertId expert, Tick needed_at) {

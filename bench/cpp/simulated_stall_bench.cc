@@ -140,7 +140,7 @@ class RealRun {
 
   void Prefetch(int64_t step) {
     const int32_t horizon = cache_->BeginPrefetch();
-    horizon_sum_ += horizon;
+    horizon_sum_ += cache_->horizon();
     std::vector<Prediction> predictions;
     predictor_->Predict(step, horizon, predictions);
     std::vector<float> need(static_cast<size_t>(horizon * kNumExperts));

@@ -116,7 +116,7 @@ class VirtualCache {
 
   void Prefetch() {
     const int32_t horizon = control_.BeginPrefetch(bandwidth_.bytes_per_second());
-    horizon_sum_ += horizon;
+    horizon_sum_ += control_.horizon();
     predictions_.clear();
     predictor_.Predict(step_, horizon, predictions_);
     std::vector<float> need(static_cast<size_t>(horizon * kExperts));

@@ -11,7 +11,7 @@ constexpr double kErrorsToBegin = 4.0;
 constexpr double kErrorsToGoOn = 1.0;
 constexpr int32_t kBlocksOfTrial = 512;  // while prefetching is off
 constexpr int32_t kBlocksOfCheck = 128;  // while it is on
-constexpr int64_t kLongestRestWhileOn = 16384;
+constexpr int64_t kLongestRestWhileOn = 8192;
 constexpr int64_t kLongestRestWhileOff = 65536;
 constexpr double kFitRate = 0.5;
 

@@ -6,7 +6,7 @@
 namespace expertflow {
 
 // What one of two ways to do the same has saved, over blocks of work that both did; the last
-// thousand blocks or so count. Pure.
+// 256 blocks or so count: more would tell finer savings, and later that they have ended. Pure.
 class SavingsEvidence {
  public:
   void Record(double saved_us) {
@@ -25,7 +25,7 @@ class SavingsEvidence {
   bool has_enough() const { return num_blocks_ > kFewestBlocks - 0.5; }  // they decay a little
 
  private:
-  static constexpr double kKeep = 1.0 - 1.0 / 1024;
+  static constexpr double kKeep = 1.0 - 1.0 / 256;
   static constexpr double kFewestBlocks = 4.0;
 
   double num_blocks_ = 0.0;  // exponentially decayed sums, as the next two

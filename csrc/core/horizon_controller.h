@@ -17,12 +17,13 @@ namespace expertflow {
 // the horizon it works at. Looking no farther than the lead is worth more than it seems: a nearer
 // prediction is a better one, and what is prefetched early holds a slot for longer.
 //
-// The boost is feedback. While layers wait for more than a small part of the compute time, one
-// layer more is tried in a duel: blocks of layers run in turn with and without it, and it stays if
-// the stall falls by more than chance explains. If not, it is not tried again before the stall has
-// grown. The boost falls when nothing comes late any more. Where not even S_max layers hide most of
-// a transfer, S is 0: there is next to nothing to win, but a wrong prefetch costs as much as ever.
-// S moves only when the lead is clearly past where S stands. So constant input gives a constant S.
+// The boost is feedback, and may be negative. While layers wait for more than a small part of the
+// compute time, one layer more, or one less, is tried in a duel: blocks of layers run in turn with
+// and without it, and it stays if the stall falls by more than chance explains. If not, it is not
+// tried again before the stall has grown. The boost falls when nothing comes late any more. Where
+// not even S_max layers hide most of a transfer, S is 0: there is next to nothing to win, but a
+// wrong prefetch costs as much as ever. S moves only when the lead is clearly past where S stands.
+// So constant input gives a constant S.
 // Pure: times and measurements are arguments.
 class HorizonController {
  public:

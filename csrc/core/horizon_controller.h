@@ -23,8 +23,7 @@ namespace expertflow {
 // tried again before the stall has grown. The boost falls when nothing comes late any more. Where
 // not even S_max layers hide most of a transfer, S is 0: there is next to nothing to win, but a
 // wrong prefetch costs as much as ever. S moves only when the lead is clearly past where S stands.
-// So constant input gives a constant S.
-// Pure: times and measurements are arguments.
+// So constant input gives a constant S. Pure: times and measurements are arguments.
 class HorizonController {
  public:
   // `max_fetched`: how many experts a layer needs at most. Throws std::invalid_argument.

@@ -6,6 +6,7 @@
 #include "core/eviction/need_state.h"
 #include "core/host_device.h"
 #include "core/ids.h"
+#include "core/layer_plan.h"
 
 namespace expertflow {
 
@@ -30,13 +31,32 @@ class BlockNeedScores {
         layer_of_thread_(thread_ < NeedRules::kNumSources ? model_.SourceLayer(layer, thread_) : 0),
         only_first_is_this_step_(model_.num_layers > NeedRules::kLayersBack) {}
 
-  // Asks for all that does not depend on what is routed now.
-  EXPERTFLOW_DEVICE void Ask() {
+  // Asks for all that does not depend on what is routed now, and for the first ids.
+  EXPERTFLOW_DEVICE void Ask(const RoutedIds& ids) {
     retried_ = *state_.retried;
     ahead_ = *state_.ahead;
     number_ = model_.num_steps[layer_];
     if (thread_ < NeedRules::kNumSources) source_steps_ = model_.num_steps[layer_of_thread_];
-    if (thread_ < model_.num_experts) expert_ = Read(thread_);
+    if (thread_ >= model_.num_experts) return;
+    expert_ = Read(thread_);
+    if (ids.count == 0) return;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kIdsAhead; ++k) {
+      const int32_t i = k < ids.count ? k : ids.count - 1;
+      first_ids_[k] = ids.int64 != nullptr ? static_cast<int32_t>(ids.int64[i]) : ids.int32[i];
+    }
+  }
+
+  // Asks for the weights of the first ids, of which it is not known yet which of them are rows, nor
+  // whether the layer has them.
+  EXPERTFLOW_DEVICE void AskForWeights() {
+    if (thread_ >= model_.num_experts) return;
+    const int16_t* weights = model_.Weights(model_.WeightRow(layer_, 0, 0)) + thread_;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kIdsAhead; ++k) {
+      const bool exists = static_cast<uint32_t>(first_ids_[k]) < NumExperts();
+      first_weights_[k] = weights[exists ? first_ids_[k] * model_.width : 0];
+    }
   }
 
   // Whether the plan of tick `now` is the first to see its routes.
@@ -44,20 +64,18 @@ class BlockNeedScores {
     return retried_.layer != layer_ || retried_.tick != now;
   }
 
-  // Scores the layer's experts, and calls scored(expert, score) for each by one thread. `routed`
-  // [num_ids] are the experts of the ids, `first_of_expert` [num_experts] an expert's first place
-  // there, or `not_routed`. Afterwards scores() can be read. Called by all threads, behind a
-  // barrier; ends with one.
-  template <class Scored>
+  // Scores the layer's experts. `routed` [num_ids] are the experts of the ids, `first_of_expert`
+  // [num_experts] an expert's first place there, or `not_routed`. Afterwards scores() can be read.
+  // Called by all threads, behind a barrier; ends with one.
   EXPERTFLOW_DEVICE void Observe(const int32_t* routed, int32_t num_ids,
-                                 const int32_t* first_of_expert, int32_t not_routed,
-                                 Scored&& scored) {
+                                 const int32_t* first_of_expert, int32_t not_routed) {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e < model_.num_experts; e += block_.num_threads()) {
       if (e != thread_) expert_ = Read(e);
       const WeightSum sum = SumWeights(e, routed, num_ids, first_of_expert);
-      scores_[e] = Score(e, sum, first_of_expert[e] != not_routed);
-      scored(e, scores_[e]);
+      Score(sum, first_of_expert[e] != not_routed);
+      scores_[e] = expert_.score;
+      if (model_.num_experts > block_.num_threads()) Store(e);
     }
     block_.Sync();
   }
@@ -68,6 +86,7 @@ class BlockNeedScores {
   // of them, or none of the thread's if below 0. At the end of a plan, since nothing in it waits
   // for that. Called by all threads.
   EXPERTFLOW_DEVICE void Record(int32_t expert, int32_t place, int32_t num_rows) {
+    if (thread_ < model_.num_experts && model_.num_experts <= block_.num_threads()) Store(thread_);
     if (expert >= 0) {
       model_.Routed(layer_, number_)[place] = expert;
       state_.latest[int64_t{layer_} * model_.num_experts + place] = expert;
@@ -91,13 +110,19 @@ class BlockNeedScores {
   }
 
  private:
+  static constexpr int32_t kIdsAhead = 8;
+
   // What the model has of an expert.
   struct OfExpert {
     int32_t sum_ahead;
     int32_t score;
     int16_t frequency;
+    int32_t logit = 0;
   };
 
+  EXPERTFLOW_DEVICE uint32_t NumExperts() const {
+    return static_cast<uint32_t>(model_.num_experts);
+  }
   EXPERTFLOW_DEVICE OfExpert Read(int32_t e) const {
     return {state_.ahead_sums[e], Scores()[e], Frequency()[e]};
   }
@@ -110,20 +135,24 @@ class BlockNeedScores {
 
   EXPERTFLOW_DEVICE WeightSum SumWeights(int32_t e, const int32_t* routed, int32_t num_ids,
                                          const int32_t* first_of_expert) const {
+    const auto is_row = [=](int32_t i, int32_t expert) { return first_of_expert[expert] == i; };
     const bool is_ahead = ahead_.layer == layer_;
     WeightSum sum;
     if (is_ahead) sum = {expert_.sum_ahead, ahead_.num_inputs};
-    const auto add_routed = [&](int32_t source) {
-      AddWeights(sum, model_, layer_, source, e, routed, num_ids,
-                 [=](int32_t i, int32_t expert) { return first_of_expert[expert] == i; });
-    };
-    add_routed(0);
-    // Mostly that is all.
+    const int32_t num_known = e == thread_ ? kIdsAhead : 0;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kIdsAhead; ++k) {
+      const bool adds = (k < num_known) & (k < num_ids) & is_row(k, first_ids_[k]);
+      sum.sum += adds ? first_weights_[k] : 0;
+      sum.num_inputs += adds ? 1 : 0;
+    }
+    AddWeights(sum, model_, layer_, 0, e, routed, num_known, num_ids, is_row);
+    // Mostly what is routed now is the first source alone.
     if (is_ahead && only_first_is_this_step_) return sum;
     EXPERTFLOW_NO_UNROLL
     for (int32_t s = 1; s < NeedRules::kNumSources; ++s) {
       if (IsThisStep(model_, layer_, s)) {
-        add_routed(s);
+        AddWeights(sum, model_, layer_, s, e, routed, 0, num_ids, is_row);
       } else if (!is_ahead) {
         AddLatestWeights(sum, state_, layer_, s, e);
       }
@@ -131,16 +160,18 @@ class BlockNeedScores {
     return sum;
   }
 
-  EXPERTFLOW_DEVICE int32_t Score(int32_t e, const WeightSum& weights, bool used) {
-    const auto frequency =
+  EXPERTFLOW_DEVICE void Score(const WeightSum& weights, bool used) {
+    expert_.frequency =
         static_cast<int16_t>(NeedRules::Decayed(expert_.frequency) + (used ? NeedRules::kUse : 0));
-    const int32_t logit =
-        NeedRules::Logit(weights.sum, weights.num_inputs, model_.top_k, frequency);
-    const int32_t score = NeedRules::Score(logit, expert_.score);
-    Scores()[e] = score;
-    Frequency()[e] = frequency;
-    model_.Foreseen(layer_, number_)[e] = NeedRules::SigmoidIndex(logit);
-    return score;
+    expert_.logit =
+        NeedRules::Logit(weights.sum, weights.num_inputs, model_.top_k, expert_.frequency);
+    expert_.score = NeedRules::Score(expert_.logit, expert_.score);
+  }
+
+  EXPERTFLOW_DEVICE void Store(int32_t e) const {
+    Scores()[e] = expert_.score;
+    Frequency()[e] = expert_.frequency;
+    model_.Foreseen(layer_, number_)[e] = NeedRules::SigmoidIndex(expert_.logit);
   }
 
   Block& block_;
@@ -157,6 +188,8 @@ class BlockNeedScores {
   int64_t number_ = 0;  // of the step
   int64_t source_steps_ = 0;
   OfExpert expert_{};  // that the thread is scoring
+  int32_t first_ids_[kIdsAhead]{};
+  int16_t first_weights_[kIdsAhead]{};  // of the thread's expert
 };
 
 }  // namespace expertflow

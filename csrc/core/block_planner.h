@@ -23,12 +23,12 @@
 // that the block wrote before, and Mark(phase), which says that a phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
-// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys, and five
-// barriers. A policy that learns takes one more round trip and three barriers. Whether a routed
-// expert is resident is seen by the thread that has its slot
-// (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
-// expert to its slot. Rows that are resident and rows that are missing are finished by different
-// warps, at the same time.
+// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys and what a
+// policy that learns knows of the experts, and five barriers, or six if it learns. Slots of other
+// layers are ranked meanwhile. Whether a routed expert is resident is seen by the thread that has
+// its slot (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads
+// from the expert to its slot. Rows that are resident and rows that are missing are finished by
+// different warps, at the same time.
 
 namespace expertflow {
 
@@ -48,7 +48,7 @@ struct BlockPlannerShared {
 // Words of shared memory that the planner needs beside.
 EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_experts) {
   const int32_t num_scores = policy == PolicyKind::kPredictedNeed ? num_experts : 0;
-  return num_experts + 1 + num_scores;
+  return num_experts + num_scores;
 }
 
 template <class Policy, class Block>
@@ -60,7 +60,7 @@ class BlockPlanner {
       : block_(block),
         shared_(shared),
         first_of_expert_(shared_words),
-        need_(block, shared_words + planning.table.num_experts + 1, planning.need, request.layer),
+        need_(block, shared_words + planning.table.num_experts, planning.need, request.layer),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -74,12 +74,16 @@ class BlockPlanner {
     block_.WaitForPrevious();
     block_.Mark(PlanPhase::kReleased);
     NoteRouted(AskForAll(own));
+    if constexpr (kLearns) need_.AskForWeights();
+    now_ = clock_.now + 1;
+    const uint32_t least_of_others = own.RankOthers(now_);
+    // Of the warp already here: the compiler puts off what nothing needs before a barrier.
+    warp_least_ = block_.MinOfWarp(least_of_others);
     block_.Sync();
     block_.Mark(PlanPhase::kRouted);
-    now_ = clock_.now + 1;
-    if constexpr (kLearns) ObserveNeeds(own);
+    if constexpr (kLearns) ObserveNeeds();
     block_.Mark(PlanPhase::kScored);
-    const uint32_t least = RankSlots(own);
+    const uint32_t least = RankRest(own, least_of_others);
     block_.WaitForCopies();
     block_.Sync();
     block_.Mark(PlanPhase::kRanked);
@@ -101,7 +105,7 @@ class BlockPlanner {
   // Reads nothing that an earlier kernel writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL
-    for (int32_t e = thread_; e <= planning_.table.num_experts; e += block_.num_threads()) {
+    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
       first_of_expert_[e] = Slots::kNotRouted;
     }
     if (has_id_) shared_.residence[thread_] = Residence::kMissing;
@@ -124,7 +128,7 @@ class BlockPlanner {
     uint64_t id = 0;
     if (has_id_) id = IdAt(request_.ids, thread_);
     clock_ = *request_.clock;
-    if constexpr (kLearns) need_.Ask();
+    if constexpr (kLearns) need_.Ask(request_.ids);
     own.Load();
     block_.Sync();
     return id;
@@ -148,35 +152,43 @@ class BlockPlanner {
   }
 
   // As Planner::ObserveNeeds does.
-  EXPERTFLOW_DEVICE void ObserveNeeds(Slots& own) {
+  EXPERTFLOW_DEVICE void ObserveNeeds() {
     if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
     has_observed_ = true;
-    need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted,
-                  [this](int32_t expert, int32_t score) {
-                    planning_.table.expert_key[Index(ToIndex(expert))] =
-                        PredictedNeed::KeyOf(score);
-                  });
-    const int32_t* scores = need_.scores();
-    own.SetScores(scores);
-    if (expert_ >= 0) key_ = PredictedNeed::KeyOf(scores[expert_]);
+    need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
+    if (expert_ >= 0) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
   }
 
   EXPERTFLOW_DEVICE void RecordNeeds(LayerPlanStatus status) {
     if (has_observed_) {
       need_.Record(IsRow() ? expert_ : -1, rows_.before.rows(), rows_.total.rows());
+      RecordKeys(status == LayerPlanStatus::kPlanned);
     }
     if (thread_ == Bookkeeper() && status != LayerPlanStatus::kBadExpertId) {
       need_.NoteOutcome(status == LayerPlanStatus::kNeedsWaves, now_);
     }
   }
 
-  EXPERTFLOW_DEVICE uint32_t RankSlots(Slots& own) {
+  // But for those of rows that are placed, which get theirs there.
+  EXPERTFLOW_DEVICE void RecordKeys(bool rows_are_placed) {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
+      if (rows_are_placed && first_of_expert_[e] != Slots::kNotRouted) continue;
+      planning_.table.expert_key[Index(ToIndex(e))] = PredictedNeed::KeyOf(need_.scores()[e]);
+    }
+  }
+
+  EXPERTFLOW_DEVICE uint32_t RankRest(Slots& own, uint32_t least_of_others) {
     if (has_id_ && !IsRow()) shared_.residence[thread_] = Residence::kRepeated;
-    const uint32_t least = own.RankAll(now_, [this](int32_t place, SlotId slot, bool in_flight) {
-      shared_.residence[place] = Residence::Of(slot, in_flight);
-    });
-    ShareLeast(block_, shared_.selection, least);
-    return least;
+    const int32_t* scores = nullptr;
+    if constexpr (kLearns) scores = has_observed_ ? need_.scores() : nullptr;
+    const uint32_t least_of_rest =
+        own.RankRest(scores, [this](int32_t place, SlotId slot, bool in_flight) {
+          shared_.residence[place] = Residence::Of(slot, in_flight);
+        });
+    ShareLeast(block_, shared_.selection,
+               warp_least_ < least_of_rest ? warp_least_ : least_of_rest);
+    return least_of_others < least_of_rest ? least_of_others : least_of_rest;
   }
 
   EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
@@ -194,22 +206,27 @@ class BlockPlanner {
     const bool planned = status == LayerPlanStatus::kPlanned;
     const int32_t miss = block_.num_threads() - 1 - thread_;  // from the last warp on
     const PlanRow resident = ResidentRow();
-    const PlanRow missing = planned && miss < rows_.total.misses ? MissingRow(miss) : PlanRow{};
+    const bool has_miss = planned && miss < rows_.total.misses;
+    const PlanRow missing = has_miss ? MissingRow(miss) : PlanRow{};
+    Occupant evicted{};
+    if (has_miss) evicted = OccupantOf(planning_, missing.slot);
     if (planned && rows_.own >= 0) {
       const bool hit = resident.state == RowState::kHit;
       WriteRow(hit ? rows_.before.hits : rows_.total.hits + rows_.before.loading, resident);
     }
-    if (planned && miss < rows_.total.misses)
-      WriteRow(rows_.total.hits + rows_.total.loading + miss, missing);
+    if (has_miss) WriteRow(rows_.total.hits + rows_.total.loading + miss, missing);
     WriteHeaders(status);
     if constexpr (kLearns) RecordNeeds(status);
     if (!planned) return;
-    if constexpr (std::is_same_v<Policy, OnDemand>) DropAllReady();
+    if constexpr (std::is_same_v<Policy, OnDemand>) {
+      DropAllReady();
+      evicted = {};
+    }
     if (rows_.own >= 0) {
       RecordUse(planning_, resident.slot, ToIndex(resident.expert), KeyOnUse(key_), now_,
                 /*streaming=*/false);
     }
-    if (miss < rows_.total.misses) PlaceMissing(missing, shared_.missing[miss].key);
+    if (has_miss) PlaceMissing(missing, evicted, shared_.missing[miss].key);
     if (thread_ == Bookkeeper()) Count();
   }
 
@@ -276,9 +293,9 @@ class BlockPlanner {
     block_.Sync();
   }
 
-  EXPERTFLOW_DEVICE void PlaceMissing(const PlanRow& row, int64_t key) {
-    PlaceMiss(planning_, row.slot, ToIndex(row.expert), KeyOnUse(key), now_, /*streaming=*/false,
-              Adder());
+  EXPERTFLOW_DEVICE void PlaceMissing(const PlanRow& row, const Occupant& evicted, int64_t key) {
+    PlaceMiss(planning_, row.slot, evicted, ToIndex(row.expert), KeyOnUse(key), now_,
+              /*streaming=*/false, Adder());
     if (request_.fetch == MissFetch::kSameStream) {
       planning_.table.slot_state[Index(row.slot)] = SlotState::kReady;
     }
@@ -309,7 +326,7 @@ class BlockPlanner {
 
   Block& block_;
   BlockPlannerShared& shared_;
-  int32_t* const first_of_expert_;  // [num_experts + 1]
+  int32_t* const first_of_expert_;  // [num_experts]
   std::conditional_t<kLearns, BlockNeedScores<Block>, NoModel> need_;
   PlanningView planning_;
   const LayerPlanRequest& request_;
@@ -317,6 +334,7 @@ class BlockPlanner {
 
   PlanClock clock_{};
   Tick now_ = 0;
+  uint32_t warp_least_ = kNoOrder;  // order of slots that hold nothing of the layer
   // Of this thread's id.
   bool has_id_ = false;
   int32_t expert_ = -1;

@@ -29,19 +29,17 @@ constexpr int64_t kLowestRank = std::numeric_limits<int64_t>::min();
 constexpr uint32_t kNoOrder = std::numeric_limits<uint32_t>::max();  // above every order
 constexpr int32_t kHighestSlot = std::numeric_limits<int32_t>::max();
 
-// Never decreases with the rank, and tells ranks apart that lie within 2^30 of `origin`, protected
-// or not; the rest is left to the list. In few instructions of 32 bits.
-EXPERTFLOW_HD inline uint32_t OrderOf(int64_t rank, int64_t origin) {
+// Never decreases with the rank, `key` or above all others if protected, and tells keys apart that
+// lie within 2^30 of `origin`; the rest is left to the list. In few instructions of 32 bits.
+EXPERTFLOW_HD inline uint32_t OrderOf(int64_t key, bool is_protected, int64_t origin) {
   constexpr uint32_t kHighest = (uint32_t{1} << 31) - 2;
-  const bool is_protected = rank >= kProtected / 2;
-  const int64_t key = is_protected ? rank - kProtected : rank;
   const uint64_t distance = static_cast<uint64_t>(key) - static_cast<uint64_t>(origin) + (1U << 30);
   const auto high = static_cast<int32_t>(distance >> 32);
   const auto low = static_cast<uint32_t>(distance);
-  const uint32_t at_most = high > 0 || low > kHighest ? kHighest : low;
+  const uint32_t at_most = (high > 0) | (low > kHighest) ? kHighest : low;
   // The distance of an empty slot overflows.
-  const uint32_t order = high < 0 || rank < 0 ? 0 : at_most;
-  return order | (is_protected ? uint32_t{1} << 31 : 0U);
+  const bool is_lowest = (high < 0) | ((key < 0) & !is_protected);
+  return (is_lowest ? 0 : at_most) | (is_protected ? uint32_t{1} << 31 : 0U);
 }
 
 // Lies in the shared memory of the block.
@@ -120,6 +118,7 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
   constexpr int32_t kListCapacity = BlockSelection::kListCapacity;
   const uint32_t bound = BoundOfOrders(block, shared, wanted);
   Candidate ceiling{kNoRank, kHighestSlot};
+  bool is_bounded = floor.slot >= 0;  // by more than orders
   for (;;) {
     int32_t& counter = shared.num_listed[parity];
     if (least <= bound) {
@@ -127,9 +126,15 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
         uint32_t kept = 0;
         EXPERTFLOW_UNROLL
         for (int32_t k = 0; k < Source::kPerTile; ++k) {
-          const Candidate offered = candidate(k);
-          const bool keeps = (orders[k] <= bound) & (floor < offered) & !(ceiling < offered);
-          kept |= keeps ? uint32_t{1} << k : 0;
+          kept |= orders[k] <= bound ? uint32_t{1} << k : 0;
+        }
+        if (is_bounded) {
+          EXPERTFLOW_UNROLL
+          for (int32_t k = 0; k < Source::kPerTile; ++k) {
+            const Candidate offered = candidate(k);
+            const bool lies_between = (floor < offered) & !(ceiling < offered);
+            kept &= lies_between ? ~uint32_t{0} : ~(uint32_t{1} << k);
+          }
         }
         if (kept == 0) return;
         int32_t place = block.Add(counter, CountBits(kept));
@@ -151,6 +156,7 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
     if (num_kept <= kListCapacity) return num_kept < wanted ? num_kept : wanted;
     // Too many, because of equal orders or one crowded warp: what fitted gives a lower bound.
     ceiling = shared.last;
+    is_bounded = true;
   }
 }
 

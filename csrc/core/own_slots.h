@@ -24,8 +24,7 @@ class OwnSlots {
   static constexpr int32_t kGroup = Block::kWarpSize < 8 ? Block::kWarpSize : 8;
   static constexpr int32_t kNotRouted = std::numeric_limits<int32_t>::max();
 
-  // `first_of_expert` [num_experts + 1]: an expert's first place in the routed ids, or kNotRouted,
-  // as always at the end.
+  // `first_of_expert` [num_experts]: an expert's first place in the routed ids, or kNotRouted.
   EXPERTFLOW_DEVICE OwnSlots(const Block& block, const PlanningView& planning, int32_t layer,
                              const int32_t* first_of_expert)
       : planning_(planning),
@@ -45,25 +44,29 @@ class OwnSlots {
     spare_ = Exists(range_.begin, 0) ? SlotOf(range_.begin, 0) : range_.begin;
   }
 
-  // The layer's experts have new `scores` [num_experts], in shared memory (PredictedNeed).
-  EXPERTFLOW_DEVICE void SetScores(const int32_t* scores) { scores_ = scores; }
-
   // Asks for the first tile.
   EXPERTFLOW_DEVICE void Load() { LoadTile(range_.begin); }
 
-  // Ranks the slots for a plan at tick `now`, and keeps those of routed experts from being taken;
-  // calls found(place in the ids, slot, whether it is in flight) for each. Returns the smallest
-  // order of what may be taken.
-  template <class Found>
-  EXPERTFLOW_DEVICE uint32_t RankAll(Tick now, Found&& found) {
+  // Ranks the slots for a plan at tick `now` and returns the smallest order of what may be taken,
+  // in two steps. First those of the first tile that hold nothing of the layer, about which nothing
+  // has to be known yet.
+  EXPERTFLOW_DEVICE uint32_t RankOthers(Tick now) {
     now_ = now;
     origin_ = Policy::Origin(planning_.eviction, now);
-    uint32_t least = RankTile(range_.begin, found);
+    return RankOthersOf(range_.begin);
+  }
+
+  // Then the rest. `scores` [num_experts], in shared memory: of the layer's experts, if they are
+  // new (PredictedNeed), or nullptr. What is routed is kept from being taken: calls found(place in
+  // the ids, slot, whether it is in flight) for each.
+  template <class Found>
+  EXPERTFLOW_DEVICE uint32_t RankRest(const int32_t* scores, Found&& found) {
+    scores_ = scores;
+    uint32_t least = RankOwnOf(range_.begin, found);
     EXPERTFLOW_NO_UNROLL
     for (int32_t first = range_.begin + tile_size_; first < range_.end; first += tile_size_) {
       LoadTile(first);
-      const uint32_t least_of_tile = RankTile(first, found);
-      least = least_of_tile < least ? least_of_tile : least;
+      least = Smaller(least, RankTile(first, found));
     }
     return least;
   }
@@ -78,11 +81,16 @@ class OwnSlots {
         LoadTile(first);
         RankTile(first, [](int32_t, SlotId, bool) {});
       }
-      visit(order_, [&](int32_t k) { return Candidate{rank_[k], SlotOf(first, k)}; });
+      visit(order_, [&](int32_t k) {
+        const bool is_protected = order_[k] >> 31 != 0;
+        return Candidate{use_[k].key + (is_protected ? kProtected : 0), SlotOf(first, k)};
+      });
     }
   }
 
  private:
+  static constexpr bool kOnDemand = std::is_same_v<Policy, OnDemand>;
+
   EXPERTFLOW_DEVICE int32_t SlotOf(int32_t first, int32_t k) const {
     return first + offset_ + k * num_threads_;
   }
@@ -103,31 +111,62 @@ class OwnSlots {
     }
   }
 
-  // What may be taken is as MayTake says; no slot can be of the plan yet: its tick is new.
+  EXPERTFLOW_DEVICE static uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
   template <class Found>
   EXPERTFLOW_DEVICE uint32_t RankTile(int32_t first, Found&& found) {
-    constexpr bool kOnDemand = std::is_same_v<Policy, OnDemand>;
-    const auto num_experts = static_cast<uint32_t>(planning_.table.num_experts);
+    const uint32_t least = RankOthersOf(first);
+    return Smaller(least, RankOwnOf(first, found));
+  }
+
+  // What may be taken is as MayTake says; no slot can be of the plan yet: its tick is new. Without
+  // branches that some lanes would take.
+  EXPERTFLOW_DEVICE uint32_t RankOthersOf(int32_t first) {
+    uint32_t least = kNoOrder;
+    is_own_ = 0;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kPerTile; ++k) {
+      const bool is_dropped = kOnDemand & (state_[k] == SlotState::kReady);
+      if (is_dropped) use_[k].key = kEmptyKey;
+      const bool is_own = Exists(first, k) & !is_dropped & (LocalExpert(k) < NumExperts());
+      const bool may_take = Exists(first, k) & !is_own & !InFlight(state_[k]);
+      is_own_ |= is_own ? uint32_t{1} << k : 0;
+      order_[k] = Order(k) | (may_take ? 0 : kNoOrder);
+      least = Smaller(least, order_[k]);
+    }
+    return least;
+  }
+
+  template <class Found>
+  EXPERTFLOW_DEVICE uint32_t RankOwnOf(int32_t first, Found&& found) {
     uint32_t least = kNoOrder;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kPerTile; ++k) {
-      const bool exists = Exists(first, k);
+      if ((is_own_ >> k & 1) == 0) continue;
+      const int32_t slot = SlotOf(first, k);
       const bool in_flight = InFlight(state_[k]);
-      const bool dropped = kOnDemand && state_[k] == SlotState::kReady;
-      const auto local_expert = static_cast<uint32_t>(Index(expert_[k]) - first_expert_);
-      const bool of_layer = exists & !dropped & (local_expert < num_experts);
       if constexpr (std::is_same_v<Policy, PredictedNeed>) {
-        if (of_layer && scores_ != nullptr) TakeScore(k, SlotOf(first, k), scores_[local_expert]);
+        if (scores_ != nullptr) TakeScore(k, slot, scores_[LocalExpert(k)]);
       }
-      const int32_t place = first_of_expert_[of_layer ? local_expert : num_experts];
-      const bool routed = place != kNotRouted;
-      if (routed) found(place, static_cast<SlotId>(SlotOf(first, k)), in_flight);
-      rank_[k] = dropped ? kEmptyKey : Policy::Rank(planning_.eviction, use_[k], now_);
-      // Without a branch that some lanes would take.
-      order_[k] = OrderOf(rank_[k], origin_) | (exists & !in_flight & !routed ? 0 : kNoOrder);
-      least = order_[k] < least ? order_[k] : least;
+      const int32_t place = first_of_expert_[LocalExpert(k)];
+      if (place != kNotRouted) found(place, static_cast<SlotId>(slot), in_flight);
+      if (place == kNotRouted && !in_flight) order_[k] = Order(k);
+      least = Smaller(least, order_[k]);
     }
     return least;
+  }
+
+  EXPERTFLOW_DEVICE uint32_t Order(int32_t k) const {
+    return OrderOf(use_[k].key, Policy::IsProtected(planning_.eviction, use_[k], now_), origin_);
+  }
+
+  EXPERTFLOW_DEVICE uint32_t NumExperts() const {
+    return static_cast<uint32_t>(planning_.table.num_experts);
+  }
+
+  // Out of the layer's range if it is of another layer.
+  EXPERTFLOW_DEVICE uint32_t LocalExpert(int32_t k) const {
+    return static_cast<uint32_t>(Index(expert_[k]) - first_expert_);
   }
 
   // What PredictedNeed::RecordScore does to a slot.
@@ -151,7 +190,7 @@ class OwnSlots {
   SlotUse use_[kPerTile];
   ExpertIndex expert_[kPerTile];
   SlotState state_[kPerTile];
-  int64_t rank_[kPerTile];
+  uint32_t is_own_ = 0;       // bits by k: of an expert of the layer
   uint32_t order_[kPerTile];  // kNoOrder: not to be taken
 };
 

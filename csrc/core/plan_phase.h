@@ -8,9 +8,9 @@ namespace expertflow {
 enum class PlanPhase : int32_t {
   kPrepared,  // before the wait for the previous kernel
   kReleased,  // the wait
-  kRouted,    // ids are known
+  kRouted,    // ids are known, and the ranks of slots that hold other layers' experts
   kScored,    // what the policy learns of is scored
-  kRanked,    // slots are read and ranked
+  kRanked,    // all slots are ranked
   kCounted,   // hits and misses are known
   kSelected,  // victims are known
   kDone,      // all stores are on their way

@@ -148,7 +148,7 @@ int32_t Planner::Scan(SlotRange range, int32_t count, Tick now, bool spare_predi
   for (int32_t s = range.begin; s < range.end; ++s) {
     if (table_.slot_key[s] >= worst) continue;  // most slots: a rank is never below its key
     if (!MayTake(table_, s, now, spare_predicted)) continue;
-    const int64_t rank = Policy::Rank(planning_.eviction, UseOf(table_, s), now);
+    const int64_t rank = RankOf<Policy>(planning_.eviction, UseOf(table_, s), now);
     if (rank >= worst) continue;
     if (count > kInsertionLimit) {
       candidates_.push_back({rank, s});
@@ -208,7 +208,8 @@ void Planner::PlaceMisses(int32_t first_miss, int32_t num_taken) {
 void Planner::AssignRow(PlanRow& row) {
   const ExpertIndex expert = ToIndex(table_, {plan_.layer, row.expert});
   const int64_t key = KeyOnUse(planning_, table_.expert_key[Index(expert)], plan_.tick);
-  PlaceMiss(planning_, row.slot, expert, key, plan_.tick, plan_.streaming, AddPlainly());
+  PlaceMiss(planning_, row.slot, OccupantOf(planning_, row.slot), expert, key, plan_.tick,
+            plan_.streaming, AddPlainly());
 }
 
 int32_t Planner::Advance(int32_t row) {
@@ -236,7 +237,7 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   if (SelectVictims(expert.layer, 1, now, /*spare_predicted=*/true) == 0) return SlotId::kNone;
   const auto slot = static_cast<SlotId>(candidates_.front().slot);
   const int32_t s = Index(slot);
-  Replace(planning_, slot, index, AddPlainly());
+  Replace(planning_, slot, OccupantOf(planning_, slot), index, AddPlainly());
   table_.slot_key[s] = KeyOnUse(planning_, table_.expert_key[Index(index)], now);
   table_.slot_predicted[s] = needed_at;
   table_.slot_unused[s] = 1;

@@ -98,25 +98,32 @@ inline int64_t KeyOnUse(const PlanningView& planning, int64_t key, Tick now) {
   });
 }
 
-// Counts the eviction of `expert`, if it is one; `unused` says that it was prefetched for nothing.
-template <class Add>
-EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, ExpertIndex expert,
-                                        bool unused, const Add& add) {
-  if (expert == ExpertIndex::kNone) return;
-  LayerStatistics& counts = planning.statistics[ToId(planning.table, expert).layer];
-  add(counts.evictions, int64_t{1});
-  if (unused) add(counts.wasted_prefetch_bytes, planning.expert_bytes);
+// What a slot holds, for a kernel to read long before it takes the slot.
+struct Occupant {
+  ExpertIndex expert = ExpertIndex::kNone;
+  bool unused = false;  // prefetched for nothing so far
+};
+
+EXPERTFLOW_HD inline Occupant OccupantOf(const PlanningView& planning, SlotId slot) {
+  return {planning.table.slot_expert[Index(slot)], planning.table.slot_unused[Index(slot)] != 0};
 }
 
-// Gives `slot` to `expert`, which is not resident, and counts what is evicted: last, because a
-// kernel still waits for what it read, and the stores need not.
+// Counts the eviction of an expert, if it is one.
 template <class Add>
-EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot, ExpertIndex expert,
-                                  const Add& add) {
-  const ExpertIndex evicted = planning.table.slot_expert[Index(slot)];
-  const bool unused = planning.table.slot_unused[Index(slot)] != 0;
+EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, const Occupant& evicted,
+                                        const Add& add) {
+  if (evicted.expert == ExpertIndex::kNone) return;
+  LayerStatistics& counts = planning.statistics[ToId(planning.table, evicted.expert).layer];
+  add(counts.evictions, int64_t{1});
+  if (evicted.unused) add(counts.wasted_prefetch_bytes, planning.expert_bytes);
+}
+
+// Gives `slot`, in which `evicted` is, to `expert`, which is not resident.
+template <class Add>
+EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot,
+                                  const Occupant& evicted, ExpertIndex expert, const Add& add) {
   Assign(planning.table, slot, expert, add);
-  CountEviction(planning, evicted, unused, add);
+  CountEviction(planning, evicted, add);
 }
 
 // The plan of tick `now` uses `expert`, which is in `slot` and has `key` from now on. A streaming
@@ -131,11 +138,13 @@ EXPERTFLOW_HD inline void RecordUse(const PlanningView& planning, SlotId slot, E
   table.slot_key[s] = table.expert_key[Index(expert)] = key;
 }
 
-// Gives `slot` to a missing expert of the plan of tick `now`, which has `key` from now on.
+// Gives `slot`, in which `evicted` is, to a missing expert of the plan of tick `now`, which has
+// `key` from now on.
 template <class Add>
-EXPERTFLOW_HD inline void PlaceMiss(const PlanningView& planning, SlotId slot, ExpertIndex expert,
-                                    int64_t key, Tick now, bool streaming, const Add& add) {
-  Replace(planning, slot, expert, add);
+EXPERTFLOW_HD inline void PlaceMiss(const PlanningView& planning, SlotId slot,
+                                    const Occupant& evicted, ExpertIndex expert, int64_t key,
+                                    Tick now, bool streaming, const Add& add) {
+  Replace(planning, slot, evicted, expert, add);
   planning.table.slot_key[Index(slot)] = kStreamedKey;
   RecordUse(planning, slot, expert, key, now, streaming);
 }
@@ -145,7 +154,7 @@ template <class Add>
 EXPERTFLOW_HD inline void DropIfReady(const PlanningView& planning, SlotId slot, const Add& add) {
   const int32_t s = Index(slot);
   if (planning.table.slot_state[s] != SlotState::kReady) return;
-  CountEviction(planning, planning.table.slot_expert[s], planning.table.slot_unused[s] != 0, add);
+  CountEviction(planning, OccupantOf(planning, slot), add);
   Unassign(planning.table, slot);
 }
 

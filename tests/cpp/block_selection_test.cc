@@ -16,6 +16,11 @@
 namespace expertflow {
 namespace {
 
+uint32_t OrderOfRank(int64_t rank, int64_t origin) {
+  const bool is_protected = rank >= kProtected / 2;
+  return OrderOf(is_protected ? rank - kProtected : rank, is_protected, origin);
+}
+
 // Slot s belongs to thread s % num_threads.
 struct RankSource {
   const std::vector<int64_t>& ranks;
@@ -35,7 +40,7 @@ struct RankSource {
       };
       const auto order = [&](int32_t k) {
         const int64_t rank = candidate(k).rank;
-        return rank == kNoRank ? kNoOrder : OrderOf(rank, origin);
+        return rank == kNoRank ? kNoOrder : OrderOfRank(rank, origin);
       };
       const uint32_t orders[kPerTile] = {order(0), order(1)};
       visit(orders, candidate);
@@ -140,11 +145,13 @@ TEST(BlockSelectionTest, OrdersAreNeverAgainstTheRanks) {
     }
     std::ranges::sort(ranks);
     for (size_t i = 1; i < ranks.size(); ++i) {
-      ASSERT_LE(OrderOf(ranks[i - 1], origin), OrderOf(ranks[i], origin)) << i << ", " << origin;
-      ASSERT_LT(OrderOf(ranks[i], origin), kNoOrder);
+      ASSERT_LE(OrderOfRank(ranks[i - 1], origin), OrderOfRank(ranks[i], origin))
+          << i << ", " << origin;
+      ASSERT_LT(OrderOfRank(ranks[i], origin), kNoOrder);
     }
   }
-  EXPECT_LT(OrderOf(999, 1'000), OrderOf(1'000, 1'000)) << "near the origin all are told apart";
+  EXPECT_LT(OrderOfRank(999, 1'000), OrderOfRank(1'000, 1'000))
+      << "near the origin all are told apart";
 }
 
 TEST(BlockSelectionTest, RandomSizesAndShares) {

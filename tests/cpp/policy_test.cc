@@ -48,7 +48,7 @@ TEST(TwoLevelLruTest, ProtectsTheJustUsedAndThePredicted) {
   view.slot_key[1] = 97;  // used within the last 4 ticks
   view.slot_key[2] = 96;  // used just before that
   const auto rank = [&](int32_t slot, Tick now) {
-    return TwoLevelLru::Rank(params, UseOf(view, slot), now);
+    return RankOf<TwoLevelLru>(params, UseOf(view, slot), now);
   };
   EXPECT_LT(rank(2, 100), rank(0, 100));
   EXPECT_LT(rank(0, 100), rank(1, 100));
@@ -68,7 +68,7 @@ TEST(PredictedNeedTest, RanksByScoreAndProtectsThePredicted) {
   for (int32_t e = 0; e < 4; ++e) PredictedNeed::RecordScore(view, ExpertIndex{e}, scores[e]);
   view.slot_predicted[2] = view.slot_predicted[3] = 100;
   const auto rank = [&](int32_t slot, Tick now) {
-    return PredictedNeed::Rank(params, UseOf(view, slot), now);
+    return RankOf<PredictedNeed>(params, UseOf(view, slot), now);
   };
   EXPECT_EQ(rank(3, 100), kStreamedKey);
   EXPECT_LT(rank(3, 100), rank(0, 100));

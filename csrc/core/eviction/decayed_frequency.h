@@ -48,10 +48,11 @@ struct DecayedFrequency {
   // just fetched has the lowest frequency of all and would lose its slot to the next layer before
   // it could be used again. And what is predicted inside the horizon, as the two-level LRU does: a
   // prefetched expert is mostly one of low frequency.
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotUse& slot, Tick now) {
+  EXPERTFLOW_HD static bool IsProtected(const EvictionParams& params, const SlotUse& slot,
+                                        Tick now) {
     const bool just_used = slot.needed > now - params.protected_ticks;
     const bool predicted = slot.predicted >= now;
-    return (slot.key >= 0) & (just_used | predicted) ? slot.key + kProtected : slot.key;
+    return (slot.key >= 0) & (just_used | predicted);
   }
 
   EXPERTFLOW_HD static int64_t Origin(const EvictionParams& params, Tick now) {

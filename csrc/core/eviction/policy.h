@@ -56,12 +56,18 @@ EXPERTFLOW_HD inline SlotUse UseOf(const SlotTableView& table, int32_t slot) {
 }
 
 // A policy is three functions, for host and device alike:
-//   KeyOnUse  the key of an expert that is used at tick `now`, given its `expert_key` before; it is
-//             not negative
-//   Rank      a slot's rank among the victims at tick `now`: the smallest goes first, ties go to
-//             the lower slot. It is the slot's key or above, so a scan reads little more than keys,
-//             and that of an empty slot is its key
-//   Origin    a key near those of the experts in use at tick `now`: ranks that lie within 2^30 of
-//             it are told apart in 32 bits (core/block_selection.h), others with more work
+//   KeyOnUse     the key of an expert that is used at tick `now`, given its `expert_key` before; it
+//                is not negative
+//   IsProtected  whether a slot goes, at tick `now`, only after all that are not protected
+//   Origin       a key near those of the experts in use at tick `now`: keys that lie within 2^30 of
+//                it are told apart in 32 bits (core/block_selection.h), others with more work
+
+// A slot's rank among the victims at tick `now`: the smallest goes first, ties go to the lower
+// slot. It is the slot's key or above, so a scan reads little more than keys, and that of an empty
+// slot is its key.
+template <class Policy>
+EXPERTFLOW_HD int64_t RankOf(const EvictionParams& params, const SlotUse& slot, Tick now) {
+  return Policy::IsProtected(params, slot, now) ? slot.key + kProtected : slot.key;
+}
 
 }  // namespace expertflow

@@ -28,9 +28,8 @@ struct PredictedNeed {
     return key == kNeverUsed ? kKeyOfZero : key;  // prefetched before its layer was ever planned
   }
 
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams&, const SlotUse& slot, Tick now) {
-    const bool predicted = (slot.key >= 0) & (slot.predicted >= now);
-    return predicted ? slot.key + kProtected : slot.key;
+  EXPERTFLOW_HD static bool IsProtected(const EvictionParams&, const SlotUse& slot, Tick now) {
+    return (slot.key >= 0) & (slot.predicted >= now);
   }
 
   EXPERTFLOW_HD static int64_t Origin(const EvictionParams&, Tick) { return kKeyOfZero; }

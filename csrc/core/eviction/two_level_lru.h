@@ -8,11 +8,12 @@ namespace expertflow {
 // horizon, are protected; the others go first. Each level is an LRU of its own.
 struct TwoLevelLru {
   EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams&, int64_t, Tick now) { return now; }
-  EXPERTFLOW_HD static int64_t Rank(const EvictionParams& params, const SlotUse& slot, Tick now) {
+  EXPERTFLOW_HD static bool IsProtected(const EvictionParams& params, const SlotUse& slot,
+                                        Tick now) {
     const int64_t last_use = slot.key;
     const bool predicted = slot.predicted >= now;
     const bool just_used = (last_use >= 0) & (last_use > now - params.protected_ticks);
-    return predicted | just_used ? last_use + kProtected : last_use;
+    return predicted | just_used;
   }
   EXPERTFLOW_HD static int64_t Origin(const EvictionParams&, Tick now) { return now; }
 };

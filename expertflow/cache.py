@@ -242,7 +242,7 @@ class ExpertCache:
 
     @property
     def horizon(self) -> int:
-        """How many layers ahead the last `begin_prefetch` looked."""
+        """How many layers ahead is prefetched; 0 where that has not been found to pay."""
         return self._core.horizon
 
     def begin_token(self, num_tokens: int) -> int:
@@ -257,9 +257,10 @@ class ExpertCache:
     def begin_prefetch(self) -> int:
         """Return how many layers ahead to foresee, for the layer that was planned last.
 
-        Takes in what was measured up to that plan. 0: nothing is to be prefetched now, as for
-        prompts of more than 16 tokens, before bandwidth and compute time are known, and where it
-        does not pay.
+        Takes in what was measured up to that plan. May be more than `horizon`: what prefetching
+        would bring is tried on paper first, and from time to time again. 0: nothing is to be
+        foreseen now, as for prompts of more than 16 tokens, before bandwidth and compute time are
+        known, and while a trial rests.
         """
         with self.lock:
             return self._core.begin_prefetch()

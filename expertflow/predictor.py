@@ -119,13 +119,14 @@ class ExpertPredictor:
             self.begin_layer(layer, hidden_states)
         self._begun_layer = None
         if not self._is_on_device:
-            self._observe(layer, hidden_states)
+            self._observe(layer, hidden_states, max_distance)
         return self._needs(max_distance)
 
-    def _observe(self, layer: int, hidden_states: Tensor) -> None:
+    def _observe(self, layer: int, hidden_states: Tensor, max_distance: int) -> None:
         states = hidden_states.detach().reshape(*self._shape, -1)[:, -self._rows_kept :]
         self._core.observe(layer, states.float().cpu().numpy())
-        self._core.predict(layer)  # also for no distance: it learns from what it foresaw
+        # It learns from what it foresaw, and a longer horizon must find its first layer learned.
+        self._core.predict(layer, max_distance + 1)
 
     def _needs(self, max_distance: int) -> NDArray[np.float32]:
         needs = np.empty((min(max_distance, self.num_distances), self.num_experts), np.float32)
@@ -145,7 +146,7 @@ class ExpertPredictor:
             assert self._on_device is not None
             self._on_device.observe(_core.TOKEN_START, unit_embeddings(embeddings[0, -1]))
         else:
-            self._observe(_core.TOKEN_START, unit_embeddings(embeddings))
+            self._observe(_core.TOKEN_START, unit_embeddings(embeddings), max_distance)
         return self._needs(max_distance)
 
     def begin_layer(self, layer: int, hidden_states: Tensor) -> None:

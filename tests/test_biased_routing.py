@@ -126,7 +126,7 @@ def test_the_predictor_learns_what_the_routers_wanted(biased, monkeypatch):
         return foresee(layer, states, horizon)
 
     def note_embeddings(embeddings, horizon):
-        embedded.append(embeddings)
+        embedded.append((embeddings, horizon))
         return foresee_token(embeddings, horizon)
 
     monkeypatch.setattr(predictor, "foresee", note_horizon)
@@ -143,7 +143,7 @@ def test_the_predictor_learns_what_the_routers_wanted(biased, monkeypatch):
     assert model.expert_cache.statistics()["changed_routes"] > 0
     for (layer, horizon), states in zip(horizons, given, strict=True):
         if layer == 0:
-            alone.foresee_token(embedded.pop(0), 0)
+            alone.foresee_token(*embedded.pop(0))
         alone.foresee(layer, states.view(-1, states.shape[-1]), horizon)
         alone.learn(layer)
     assert predictor._core.state["weights"].any()

@@ -215,16 +215,20 @@ def test_foresees_no_farther_than_it_is_asked_to():
     assert predictor.foresee(0, torch.from_numpy(hidden[0, :1]), 0).shape == (0, 16)
 
 
-def test_learns_the_same_whatever_it_is_asked():
+def test_learns_of_one_layer_more_than_it_is_asked():
     hidden = torch.from_numpy(residual_stream(40, layers=4, hidden=24))
-    predictors = [ExpertPredictor(plain_routers()) for _ in range(2)]
+    asked_all, asked_one = predictors = [ExpertPredictor(plain_routers()) for _ in range(2)]
     for states in hidden:
         for layer in range(4):
-            for predictor, max_distance in zip(predictors, (0, 8), strict=True):
+            for predictor, max_distance in zip(predictors, (8, 1), strict=True):
                 run_layer(predictor, layer, states[layer : layer + 1], max_distance)
-    ours, theirs = (predictor._core.state for predictor in predictors)
-    assert ours["weights"].any()
-    assert all((array == theirs[name]).all() for name, array in ours.items())
+    all_learned, one_learned = (p._core.state["weights"] for p in (asked_all, asked_one))
+    has_learned = one_learned.any(axis=(1, 2))
+    assert not has_learned.all()
+    assert (all_learned.any(axis=(1, 2)) & ~has_learned).any()
+    assert (all_learned[has_learned] == one_learned[has_learned]).all()
+    # From the layers 0 to 2: one ahead each, and the one behind it from 0 and 1.
+    assert has_learned.sum() == 5
 
 
 def test_hook_takes_the_last_rows_of_each_sequence():

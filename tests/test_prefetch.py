@@ -86,7 +86,8 @@ def test_first_layers_are_foreseen_from_the_embedding(tiny_streamed, predicting)
     generate(model, token_ids(5), 40)  # on a busy machine most come late, and count as demands
     assert first_layer_prefetches(model) > 0
     weights = model.predictor._core.state["weights"]
-    assert weights[:3].any(axis=(1, 2)).all(), "each distance from the embedding has learned"
+    learned = weights[:3].any(axis=(1, 2)).tolist()
+    assert learned == [True, True, False], "of the horizon from the embedding, and one more"
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
@@ -200,7 +201,7 @@ def test_every_way_to_prefetch_gives_the_same_bits_and_tells_its_horizon(tiny_ch
         assert statistics["horizon"] == cache.horizon
         assert statistics["prefetch_hits"] <= statistics["prefetches_used"]
         if prefetch == "auto":
-            assert 1 <= cache.horizon <= 8  # the copies are far faster than the layers
+            assert 0 <= cache.horizon <= 8  # 0: it was not found to pay
         else:
             assert cache.horizon == prefetch
             assert statistics["prefetches_used"] + statistics["prefetches_wasted"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -31,11 +32,12 @@ class Costs:
         """What that run was on."""
         planned_us = self.planned_us if seen.planned_us is None else seen.planned_us
         beside_copies = self._share_beside_copies(seen, load, num_layers)
+        slowdown = self.copy_slowdown
         return Machine(
             expert_cache=num_slots * load.expert_bytes,
             expert_bytes=load.expert_bytes,
             link=self.link,
-            layer_time_us=seen.layer_us / (1 + self.copy_slowdown * beside_copies),
+            layer_time_us=seen.layer_us * (1 - beside_copies * slowdown / (1 + slowdown)),
             expert_share=min(planned_us / seen.layer_us, 1.0),
             chunk_bytes=CHUNK_BYTES,
             demand_chunk_bytes=load.demand_chunk_bytes,
@@ -50,7 +52,8 @@ class Costs:
         }
         link_us = 0.0
         for name, chunk_bytes in chunks.items():
-            num_copies = seen.counts[name] / min(chunk_bytes, load.expert_bytes)
+            per_expert = math.ceil(load.expert_bytes / chunk_bytes)
+            num_copies = seen.counts[name] / load.expert_bytes * per_expert
             link_us += seen.counts[name] / (self.link.bandwidth_gbps * 1e3)
             link_us += num_copies * self.link.latency_us
         computed_us = seen.layer_us * num_layers * seen.tokens
@@ -63,12 +66,12 @@ def measure_costs(load: Load, trace: Trace, foreseen: dict[str, Foreseen], token
     def resident_cache() -> ExpertCache:
         return load.cache(trace.num_layers * trace.num_experts, OURS)
 
-    warmup = tokens // 3
     runs = {}
     for method in {method.calls: method for method in METHODS}.values():
         cache = resident_cache()
         prefetcher = Prefetcher(cache, method, foreseen)
-        runs[method.calls] = run(load, cache, prefetcher, warmup, tokens - warmup)
+        run(load, cache, prefetcher, 0, tokens)  # until all that they route to is resident
+        runs[method.calls] = run(load, cache, prefetcher, 0, tokens)
     planned_us = runs[NO_PREFETCH.calls].planned_us
     assert planned_us is not None
     return Costs(

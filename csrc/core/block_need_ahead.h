@@ -9,8 +9,8 @@
 namespace expertflow {
 
 // Sums, for the plan of the next layer, the weights of all sources that are known before that layer
-// routes: behind this layer's plan, where nothing waits for it. `sums` [width] and `num_inputs` lie
-// in shared memory. Called by all threads of a block, behind a barrier.
+// routes: behind this layer's plan, whose rows do not wait for it. `sums` [width] and `num_inputs`
+// lie in shared memory. Called by all threads of a block, behind a barrier.
 template <class Block>
 EXPERTFLOW_DEVICE void SumNeedsAhead(Block& block, const BlockNeedState& state, int32_t layer,
                                      int32_t* sums, int32_t& num_inputs) {

@@ -7,8 +7,8 @@
 #include "core/host_device.h"
 
 // The second half of what NeedModel::Observe (eviction/need_model.h) does, in a kernel of its own
-// behind the plan, which nothing waits for; and what makes the next plan short. The first half is
-// core/block_need_scores.h.
+// behind the plan, whose rows do not wait for it; and what makes the next plan short. The first
+// half is core/block_need_scores.h.
 
 namespace expertflow {
 

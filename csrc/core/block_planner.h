@@ -43,6 +43,7 @@ struct BlockPlannerShared {
   } missing[kMaxRoutedIds];
   int32_t num_bad_ids;
   int32_t log2_table[DecayedFrequency::kTableSize];
+  volatile int32_t fetched;  // of the kernel's parameters; means nothing
 };
 
 // Words of shared memory that the planner needs beside.
@@ -186,9 +187,8 @@ class BlockPlanner {
         own.RankRest(scores, [this](int32_t place, SlotId slot, bool in_flight) {
           shared_.residence[place] = Residence::Of(slot, in_flight);
         });
-    ShareLeast(block_, shared_.selection,
-               warp_least_ < least_of_rest ? warp_least_ : least_of_rest);
-    return least_of_others < least_of_rest ? least_of_others : least_of_rest;
+    ShareLeast(block_, shared_.selection, Smaller(warp_least_, least_of_rest));
+    return Smaller(least_of_others, least_of_rest);
   }
 
   EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {

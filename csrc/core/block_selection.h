@@ -42,6 +42,8 @@ EXPERTFLOW_HD inline uint32_t OrderOf(int64_t key, bool is_protected, int64_t or
   return (is_lowest ? 0 : at_most) | (is_protected ? uint32_t{1} << 31 : 0U);
 }
 
+EXPERTFLOW_HD inline uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
 // Lies in the shared memory of the block.
 struct BlockSelection {
   // A plan of misses alone offers more, as the oldest slots lie side by side, in few warps: two

@@ -65,7 +65,8 @@ class CacheControl {
   // layers. A cache that keeps nothing prefetches nothing. Throws std::invalid_argument.
   void set_horizon(int32_t horizon) { prefetcher_.set_horizon(horizon); }
   // Takes in what was measured up to the last plan and returns how many layers ahead to predict
-  // now; 0: none, as for a prompt. `bytes_per_second` of the link, 0 if not measured yet.
+  // now: `horizon`, or farther, for a trial of what that would bring (PrefetchTrial); 0: none, as
+  // for a prompt. `bytes_per_second` of the link, 0 if not measured yet.
   int32_t BeginPrefetch(double bytes_per_second);
   // The same at `now_us`, when the embeddings of a pass over `num_tokens` rows are known: its layer
   // 0 is the first one ahead. Once for a pass, or never.
@@ -73,7 +74,7 @@ class CacheControl {
   // Then: protects and posts of `need` [distances, num_experts] what pays, see
   // Prefetcher::PrefetchNeeded. Returns how many were posted.
   int32_t PrefetchPredicted(std::span<const float> need);
-  int32_t horizon() const { return prefetcher_.horizon(); }
+  int32_t horizon() const { return prefetcher_.horizon(); }  // how far ahead it prefetches
 
   // Posts the experts that `layer` will need `distance` layers from now, in this order, while slots
   // can be had. Returns how many were posted.

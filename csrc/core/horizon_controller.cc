@@ -61,7 +61,7 @@ int32_t HorizonController::burst() const {
   return std::max(static_cast<int32_t>(burst), 1);
 }
 
-int32_t HorizonController::Update(double bytes_per_second, double queued_bytes, bool is_used) {
+int32_t HorizonController::Update(double bytes_per_second, double queued_bytes) {
   queued_bytes_ += (queued_bytes - queued_bytes_) * kFastRate;
   if (bytes_per_second <= 0.0 || compute_us_ <= 0.0) return horizon_ = 0;
   const double lead_us = (queued_bytes_ + burst() * expert_bytes_) / bytes_per_second * 1e6;
@@ -75,25 +75,27 @@ int32_t HorizonController::Update(double bytes_per_second, double queued_bytes, 
       layers < lead_layers_ - 1 - kHysteresisLayers) {
     lead_layers_ = static_cast<int32_t>(std::ceil(layers));
   }
-  if (is_used) {
-    UpdateBoost();
-  } else {
-    duel_ = {};  // both of its blocks would be without prefetch
-  }
-  const int32_t tried = duel_.is_on && duel_.layers >= kBlockLayers ? 1 : 0;
-  return horizon_ = std::min(lead_layers_ + boost_ + tried, max_horizon_);
+  UpdateBoost();
+  const int32_t tried = duel_.layers >= kBlockLayers ? duel_.step : 0;
+  return horizon_ = std::clamp(lead_layers_ + boost_ + tried, 1, max_horizon_);
 }
 
 void HorizonController::UpdateBoost() {
-  if (duel_.is_on) return AdvanceDuel();
+  if (duel_.step != 0) return AdvanceDuel();
   if (++layers_since_boost_ < kLayersBetweenBoosts) return;
   if (late_stall_us_ < kLateThatLowers * compute_us_ && boost_ > 0) {
     --boost_;
     layers_since_boost_ = 0;
-  } else if (horizon_ < max_horizon_ && stall_us_ > kStallThatRaises * compute_us_ &&
-             stall_us_ > kStallThatTriesAgain * stall_when_refused_us_) {
-    duel_ = {.is_on = true};
+  } else if (stall_us_ > kStallThatRaises * compute_us_) {
+    for (const int32_t step : {next_step_, -next_step_}) {
+      if (duel_.step == 0 && MayTry(step)) duel_.step = step;
+    }
   }
+}
+
+bool HorizonController::MayTry(int32_t step) const {
+  const bool is_possible = step > 0 ? horizon_ < max_horizon_ : horizon_ > 1;
+  return is_possible && stall_us_ > kStallThatTriesAgain * stall_when_refused_us_[step > 0];
 }
 
 // The stall was that of a layer of the block that was running.
@@ -118,11 +120,15 @@ void HorizonController::AdvanceDuel() {
   }
 }
 
+// The way back from a step that was won is one that was refused.
 void HorizonController::EndDuel(bool is_won) {
+  const int32_t step = duel_.step;
   duel_ = {};
   layers_since_boost_ = 0;
-  if (is_won) ++boost_;
-  stall_when_refused_us_ = is_won ? 0.0 : stall_us_;
+  if (is_won) boost_ += step;
+  next_step_ = is_won ? step : -step;
+  stall_when_refused_us_[next_step_ < 0] = stall_us_;
+  if (is_won) stall_when_refused_us_[step > 0] = 0.0;
 }
 
 }  // namespace expertflow

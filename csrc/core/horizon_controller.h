@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -33,18 +34,17 @@ class HorizonController {
   void RecordLayer(double compute_us, double stall_us, double late_stall_us, int32_t num_fetched);
 
   // Takes in the state of the link and returns the new horizon, 0 while the bandwidth is 0, that
-  // is, not measured yet. Once after each RecordLayer. While the horizon is not used (`is_used`),
-  // nothing is learned about the boost.
-  int32_t Update(double bytes_per_second, double queued_bytes, bool is_used = true);
+  // is, not measured yet. Once after each RecordLayer.
+  int32_t Update(double bytes_per_second, double queued_bytes);
 
   int32_t horizon() const { return horizon_; }
   double compute_us() const { return compute_us_; }  // of one layer
   int32_t burst() const;
 
  private:
-  // Blocks of layers with and without one layer more, in turn.
+  // Blocks of layers with and without one layer more, or less, in turn.
   struct Duel {
-    bool is_on = false;
+    int32_t step = 0;    // that is tried: 1 or -1; 0: there is no duel
     int32_t layers = 0;  // of the pair of blocks that is running
     int32_t pairs = 0;
     double saved_us = 0.0;  // stall of the running pair: without minus with
@@ -55,6 +55,7 @@ class HorizonController {
   void UpdateBoost();
   void AdvanceDuel();
   void EndDuel(bool is_won);
+  bool MayTry(int32_t step) const;
 
   int32_t max_horizon_;
   double expert_bytes_;
@@ -65,8 +66,9 @@ class HorizonController {
   bool is_too_slow_ = false;  // the link
   Duel duel_;
   double last_stall_us_ = 0.0;
-  double stall_when_refused_us_ = 0.0;
-  double compute_us_ = 0.0;  // exponentially weighted, as the next three
+  int32_t next_step_ = 1;
+  std::array<double, 2> stall_when_refused_us_{};  // one layer less; one more
+  double compute_us_ = 0.0;                        // exponentially weighted, as the next three
   double stall_us_ = 0.0;
   double late_stall_us_ = 0.0;
   double queued_bytes_ = 0.0;

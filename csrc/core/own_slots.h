@@ -53,7 +53,7 @@ class OwnSlots {
   EXPERTFLOW_DEVICE uint32_t RankOthers(Tick now) {
     now_ = now;
     origin_ = Policy::Origin(planning_.eviction, now);
-    return RankOthersOf(range_.begin);
+    return RankOfOthers(range_.begin);
   }
 
   // Then the rest. `scores` [num_experts], in shared memory: of the layer's experts, if they are
@@ -62,7 +62,7 @@ class OwnSlots {
   template <class Found>
   EXPERTFLOW_DEVICE uint32_t RankRest(const int32_t* scores, Found&& found) {
     scores_ = scores;
-    uint32_t least = RankOwnOf(range_.begin, found);
+    uint32_t least = RankOfLayer(range_.begin, found);
     EXPERTFLOW_NO_UNROLL
     for (int32_t first = range_.begin + tile_size_; first < range_.end; first += tile_size_) {
       LoadTile(first);
@@ -111,26 +111,24 @@ class OwnSlots {
     }
   }
 
-  EXPERTFLOW_DEVICE static uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
-
   template <class Found>
   EXPERTFLOW_DEVICE uint32_t RankTile(int32_t first, Found&& found) {
-    const uint32_t least = RankOthersOf(first);
-    return Smaller(least, RankOwnOf(first, found));
+    const uint32_t least = RankOfOthers(first);
+    return Smaller(least, RankOfLayer(first, found));
   }
 
   // What may be taken is as MayTake says; no slot can be of the plan yet: its tick is new. Without
   // branches that some lanes would take.
-  EXPERTFLOW_DEVICE uint32_t RankOthersOf(int32_t first) {
+  EXPERTFLOW_DEVICE uint32_t RankOfOthers(int32_t first) {
     uint32_t least = kNoOrder;
-    is_own_ = 0;
+    is_of_layer_ = 0;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kPerTile; ++k) {
       const bool is_dropped = kOnDemand & (state_[k] == SlotState::kReady);
       if (is_dropped) use_[k].key = kEmptyKey;
-      const bool is_own = Exists(first, k) & !is_dropped & (LocalExpert(k) < NumExperts());
-      const bool may_take = Exists(first, k) & !is_own & !InFlight(state_[k]);
-      is_own_ |= is_own ? uint32_t{1} << k : 0;
+      const bool is_of_layer = Exists(first, k) & !is_dropped & (LocalExpert(k) < NumExperts());
+      const bool may_take = Exists(first, k) & !is_of_layer & !InFlight(state_[k]);
+      is_of_layer_ |= is_of_layer ? uint32_t{1} << k : 0;
       order_[k] = Order(k) | (may_take ? 0 : kNoOrder);
       least = Smaller(least, order_[k]);
     }
@@ -138,11 +136,11 @@ class OwnSlots {
   }
 
   template <class Found>
-  EXPERTFLOW_DEVICE uint32_t RankOwnOf(int32_t first, Found&& found) {
+  EXPERTFLOW_DEVICE uint32_t RankOfLayer(int32_t first, Found&& found) {
     uint32_t least = kNoOrder;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kPerTile; ++k) {
-      if ((is_own_ >> k & 1) == 0) continue;
+      if ((is_of_layer_ >> k & 1) == 0) continue;
       const int32_t slot = SlotOf(first, k);
       const bool in_flight = InFlight(state_[k]);
       if constexpr (std::is_same_v<Policy, PredictedNeed>) {
@@ -190,7 +188,7 @@ class OwnSlots {
   SlotUse use_[kPerTile];
   ExpertIndex expert_[kPerTile];
   SlotState state_[kPerTile];
-  uint32_t is_own_ = 0;       // bits by k: of an expert of the layer
+  uint32_t is_of_layer_ = 0;  // bits by k: of an expert of the layer
   uint32_t order_[kPerTile];  // kNoOrder: not to be taken
 };
 

@@ -31,13 +31,15 @@ PlanningView MakePlanningView(const PlannerConfig& config, const SlotTableView& 
           .expert_bytes = static_cast<int64_t>(config.expert_bytes)};
 }
 
-Planner::Planner(SlotTable& table, const PlannerConfig& config)
+Planner::Planner(SlotTable& table, const PlannerConfig& config, const Planner* leader)
     : config_(config),
       table_(table.view()),
       log2_table_(DecayedFrequency::MakeLog2Table()),
       statistics_(static_cast<size_t>(table_.num_layers)),
       planning_(MakePlanningView(config, table_, log2_table_.data(), statistics_.data())) {
-  if (config.policy == PolicyKind::kPredictedNeed) {
+  if (leader != nullptr) {
+    leader_needs_ = leader->need_model_.get();
+  } else if (config.policy == PolicyKind::kPredictedNeed) {
     need_model_ = std::make_unique<NeedModel>(table_.num_layers, table_.num_experts, config.top_k,
                                               table_.num_slots);
   }
@@ -78,7 +80,7 @@ const Plan* Planner::PlanLayer(int32_t layer, std::span<const int64_t> expert_id
   for (const PlanRow& row : plan_.rows.first(static_cast<size_t>(num_resident))) {
     table_.slot_needed[Index(row.slot)] = now;
   }
-  if (need_model_ && !plan_.streaming) ObserveNeeds(layer);
+  if ((need_model_ || leader_needs_ != nullptr) && !plan_.streaming) ObserveNeeds(layer);
   int32_t num_taken = 0;
   if (num_rows > num_resident) {
     num_taken = SelectVictims(layer, num_rows - num_resident, now, /*spare_predicted=*/false);
@@ -172,7 +174,8 @@ void Planner::ObserveNeeds(int32_t layer) {
   const bool is_new = layer != observed_layer_;
   observed_layer_ = -1;
   if (!is_new) return;
-  const int32_t* scores = need_model_->Observe(layer, distinct_);
+  const int32_t* scores = leader_needs_ != nullptr ? leader_needs_->scores(layer)
+                                                   : need_model_->Observe(layer, distinct_);
   const int32_t bias = layer_bias_[static_cast<size_t>(layer)];
   for (int32_t e = 0; e < table_.num_experts; ++e) {
     PredictedNeed::RecordScore(table_, ToIndex(table_, {layer, e}), scores[e] + bias);

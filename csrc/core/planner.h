@@ -37,8 +37,9 @@ PlanningView MakePlanningView(const PlannerConfig& config, const SlotTableView& 
 // What it does to a slot or a row is in core/planning.h.
 class Planner {
  public:
-  // Throws as MakePlanningView does.
-  Planner(SlotTable& table, const PlannerConfig& config);
+  // Throws as MakePlanningView does. A planner with a `leader` takes the needs that this one
+  // foresees, instead of learning the same: the leader must plan every layer first.
+  Planner(SlotTable& table, const PlannerConfig& config, const Planner* leader = nullptr);
 
   Planner(const Planner&) = delete;
   Planner& operator=(const Planner&) = delete;
@@ -115,7 +116,8 @@ class Planner {
   SlotTableView table_;
   DecayedFrequency::Log2Table log2_table_;
   std::vector<int32_t> layer_bias_;        // [num_layers]
-  std::unique_ptr<NeedModel> need_model_;  // of PolicyKind::kPredictedNeed
+  std::unique_ptr<NeedModel> need_model_;  // of PolicyKind::kPredictedNeed, unless led
+  const NeedModel* leader_needs_ = nullptr;
   int32_t observed_layer_ = -1;  // of a plan that found no slot: its routes come once more
   std::vector<LayerStatistics> statistics_;  // [num_layers]
   PlanningView planning_;

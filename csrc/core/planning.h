@@ -83,7 +83,7 @@ inline RowState StateOfRow(const SlotTableView& table, SlotId slot) {
 }
 
 // Whether a plan or a prefetch at tick `now` may take the slot: never one in flight or of the
-// current plan, nor, if asked to, a predicted one. The kernel's rule is in OwnSlots::RankTile.
+// current plan, nor, if asked to, a predicted one. The kernel's rule is in core/own_slots.h.
 inline bool MayTake(const SlotTableView& table, int32_t slot, Tick now, bool spare_predicted) {
   const bool in_flight = InFlight(table.slot_state[slot]);
   const bool in_plan = table.slot_needed[slot] == now;

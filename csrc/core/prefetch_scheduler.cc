@@ -11,29 +11,21 @@ namespace {
 constexpr double kKeep = 1.0 - 1.0 / 1024;
 constexpr double kPriceRate = 1.0 / 512;
 constexpr double kBalanceWithoutEvidence = 8.0;  // transfers
-constexpr int64_t kFirstPauseLayers = 1024;
-constexpr int64_t kLongestPauseLayers = 32 * kFirstPauseLayers;
 
 }  // namespace
 
 PrefetchScheduler::PrefetchScheduler(const PrefetchConfig& config)
     : expert_bytes_(static_cast<double>(config.expert_bytes)),
-      horizon_(config.max_horizon, config.max_fetched, config.expert_bytes),
-      next_pause_layers_(kFirstPauseLayers) {}
+      horizon_(config.max_horizon, config.max_fetched, config.expert_bytes) {}
 
 int32_t PrefetchScheduler::BeginLayer(const LayerObservation& layer) {
   horizon_.RecordLayer(layer.compute_us, layer.stall_us, layer.late_stall_us, layer.num_fetched);
-  horizon_.Update(layer.bytes_per_second, layer.queued_bytes, !is_paused());
+  horizon_.Update(layer.bytes_per_second, layer.queued_bytes);
   missing_us_ = 0.0;
   if (layer.bytes_per_second <= 0.0) return 0;
   transfer_us_ = expert_bytes_ / layer.bytes_per_second * 1e6;
-  if (is_paused()) {
-    --layers_paused_;
-  } else {
-    Record(layer);
-    UpdatePrice();
-    PauseIfTooDear();
-  }
+  Record(layer);
+  UpdatePrice();
   return horizon();
 }
 
@@ -59,20 +51,7 @@ void PrefetchScheduler::UpdatePrice() {
   const double allowed = kCostShare * std::max(balance_.gain, 0.0);
   const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);
-}
-
-void PrefetchScheduler::PauseIfTooDear() {
-  if (price_ < 1.0) next_pause_layers_ = kFirstPauseLayers;
-  if (price_ < kMaxPrice) return;
-  layers_paused_ = next_pause_layers_;
-  next_pause_layers_ = std::min(2 * next_pause_layers_, kLongestPauseLayers);
-  price_ = kFirstPrice;
-  balance_ = {};
-}
-
-bool PrefetchScheduler::Expects(const Prediction& prediction) const {
-  const auto need = static_cast<double>(prediction.need);
-  return need >= (1.0 - need) * price_;
+  least_need_ = price_ / (1.0 + price_);
 }
 
 bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead) const {

@@ -63,14 +63,15 @@ struct LayerObservation {
 //
 // The exponent and the factors are fits: the simulator's traces and profiles, bench/paper/.
 // It settles where the cost is kCostShare of the gain: what the last prefetches cost is over twice
-// the average. If it climbs to kMaxPrice, prefetching does not pay: the horizon is 0 for a while,
-// twice as long each time. Pure: times are arguments.
+// the average. This balance sees too much in a small cache, where every prefetch is regretted, and
+// too little on a full link, so the price has an upper limit, and whether prefetching pays at all
+// is for PrefetchTrial to find out. Pure: times are arguments.
 class PrefetchScheduler {
  public:
   static constexpr double kCostShare = 0.4;
   static constexpr double kMargin = 0.01;
   static constexpr double kMinPrice = 1.0 / 32;
-  static constexpr double kFirstPrice = 2.0;  // also after a pause
+  static constexpr double kFirstPrice = 2.0;
   static constexpr double kMaxPrice = 4.0;
 
   explicit PrefetchScheduler(const PrefetchConfig& config);
@@ -84,7 +85,9 @@ class PrefetchScheduler {
   int32_t BeginToken(double compute_us);
 
   // Whether the expert, which is resident, should stay until its layer.
-  bool Expects(const Prediction& prediction) const;
+  bool Expects(const Prediction& prediction) const {
+    return static_cast<double>(prediction.need) >= least_need_;
+  }
 
   // `bytes_ahead`: queued prefetches that are needed no later than this one.
   bool Admits(const Prediction& prediction, double bytes_ahead) const;
@@ -93,18 +96,16 @@ class PrefetchScheduler {
   // that is `distance` ahead.
   bool HasTimeFor(double bytes_ahead, int32_t distance) const;
 
-  int32_t horizon() const { return is_paused() ? 0 : horizon_.horizon(); }
+  int32_t horizon() const { return horizon_.horizon(); }
   double price() const { return price_; }
   double transfer_us() const { return transfer_us_; }  // of one expert; 0: not measured yet
 
  private:
-  bool is_paused() const { return layers_paused_ > 0; }
   double ComputeUntil(int32_t distance) const {
     return distance * horizon_.compute_us() - missing_us_;
   }
   void Record(const LayerObservation& layer);
   void UpdatePrice();
-  void PauseIfTooDear();
 
   // Sums over layers, the older ones decayed.
   struct Balance {
@@ -122,8 +123,7 @@ class PrefetchScheduler {
   double transfer_us_ = 0.0;  // of one expert; 0: the bandwidth is not known yet
   double missing_us_ = 0.0;   // to `distance` whole layers, where a token begins
   double price_ = kFirstPrice;
-  int64_t layers_paused_ = 0;  // that are still to come
-  int64_t next_pause_layers_;
+  double least_need_ = kFirstPrice / (1.0 + kFirstPrice);  // that is worth the price
 };
 
 }  // namespace expertflow

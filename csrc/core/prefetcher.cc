@@ -6,10 +6,12 @@
 #include <tuple>
 #include <utility>
 
+#include "core/prefetch_trial.h"
+
 namespace expertflow {
 
 Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, const TransferQueue& queue,
-                       const PlannerConfig& config)
+                       const PlannerConfig& config, Trial trial)
     : table_(table),
       planner_(planner),
       queue_(queue),
@@ -19,10 +21,16 @@ Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, const Trans
                   .max_fetched = std::min(table.num_experts, config.top_k * kMaxDecodeTokens),
                   .expert_bytes = config.expert_bytes}),
       ledger_(table),
-      miss_costs_(table.num_layers) {
+      miss_costs_(table.num_layers),
+      pays_(trial == kUntried) {
   set_horizon(kAutoHorizon);
   ranked_.reserve(static_cast<size_t>(kMaxHorizon) * static_cast<size_t>(table.num_experts));
+  if (trial == kUntried || !keeps_experts_) return;
+  trial_ = std::make_unique<PrefetchTrial>(table, planner, queue, config);
+  routed_.reserve(static_cast<size_t>(table.num_experts));
 }
+
+Prefetcher::~Prefetcher() = default;
 
 void Prefetcher::set_horizon(int32_t horizon) {
   if (horizon < kAutoHorizon || horizon > kMaxHorizon) {
@@ -30,9 +38,20 @@ void Prefetcher::set_horizon(int32_t horizon) {
                                 ", not " + std::to_string(horizon));
   }
   chosen_horizon_ = keeps_experts_ ? horizon : 0;
-  // What misses cost was learned with the horizon before.
+  if (trial_) trial_->Interrupt();
+  ClearBiases();  // what misses cost was learned with the horizon before
+}
+
+void Prefetcher::ClearBiases() {
   measured_layer_ = -1;
   for (int32_t layer = 0; layer < table_.num_layers; ++layer) planner_.set_layer_bias(layer, 0);
+}
+
+void Prefetcher::Restart() {
+  ledger_ = PrefetchLedger(table_);
+  counts_ = {};
+  horizon_ = 0;
+  measured_layer_ = -1;
 }
 
 void Prefetcher::RecordPlan(const Plan& plan) {
@@ -48,18 +67,37 @@ void Prefetcher::RecordPlan(const Plan& plan) {
   statistics_.hits += counts.ready;
   statistics_.used += counts.used;
   statistics_.wasted += counts.wasted;
+  if (!trial_) return;
+  routed_.clear();
+  for (const PlanRow& row : plan.rows) routed_.push_back(row.expert);
 }
 
 int32_t Prefetcher::BeginLayer(LayerObservation measured) {
   if (is_fixed() || is_streaming_) return BeginUnmeasuredLayer();
+  if (trial_) FollowTrial(measured);
   const PrefetchLedger::Counts counts = std::exchange(counts_, {});
+  if (!pays_) {
+    horizon_ = 0;
+    return trial_->horizon();
+  }
   LearnMissCost(measured);
   measured.num_fetched = num_fetched_;
   measured.num_prefetch_used = counts.used;
   measured.num_prefetch_wasted = counts.wasted;
   measured.num_prefetch_regretted = counts.regretted;
   measured.queued_bytes = static_cast<double>(queue_.queued_bytes());
-  return horizon_ = scheduler_.BeginLayer(measured);
+  horizon_ = scheduler_.BeginLayer(measured);
+  return trial_ ? std::max(horizon_, trial_->horizon()) : horizon_;
+}
+
+void Prefetcher::FollowTrial(const LayerObservation& measured) {
+  trial_->BeginLayer(layer_, tick_, routed_, measured);
+  if (trial_->pays() == pays_) return;
+  pays_ = trial_->pays();
+  ClearBiases();
+  if (!pays_) return;
+  scheduler_ = trial_->prefetcher().scheduler_;
+  miss_costs_ = trial_->prefetcher().miss_costs_;
 }
 
 void Prefetcher::LearnMissCost(const LayerObservation& measured) {
@@ -77,9 +115,11 @@ void Prefetcher::LearnMissCost(const LayerObservation& measured) {
 int32_t Prefetcher::BeginUnmeasuredLayer() {
   counts_ = {};
   measured_layer_ = -1;
+  if (trial_) trial_->Interrupt();
   // A prompt keeps the link busy with what it needs, and takes few slots: there is no room.
   if (is_streaming_) return horizon_ = 0;
-  return horizon_ = is_fixed() ? chosen_horizon_ : scheduler_.horizon();
+  if (is_fixed()) return horizon_ = chosen_horizon_;
+  return horizon_ = pays_ ? scheduler_.horizon() : 0;
 }
 
 // As if the last layer of the token before were planned anew.
@@ -88,10 +128,19 @@ int32_t Prefetcher::BeginToken(int32_t num_tokens, double compute_us) {
   is_streaming_ = num_tokens > kMaxDecodeTokens;
   if (is_streaming_) return horizon_ = 0;
   if (is_fixed()) return horizon_ = chosen_horizon_;
-  return horizon_ = compute_us > 0.0 ? scheduler_.BeginToken(compute_us) : 0;
+  horizon_ = 0;
+  if (compute_us <= 0.0) return 0;
+  if (pays_) horizon_ = scheduler_.BeginToken(compute_us);
+  return trial_ ? std::max(horizon_, trial_->BeginToken(compute_us)) : horizon_;
 }
 
 int32_t Prefetcher::Prefetch(std::vector<Prediction>& predictions, const Post& post) {
+  if (trial_) trial_->Prefetch(predictions);
+  return PrefetchRanked(predictions, post);
+}
+
+int32_t Prefetcher::PrefetchRanked(std::vector<Prediction>& predictions, const Post& post) {
+  std::erase_if(predictions, [this](const Prediction& p) { return p.distance > horizon_; });
   if (is_fixed()) KeepTopK(predictions);
   const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };
   // First all that is resident is protected, so that no prefetch takes the slot of another.
@@ -105,6 +154,7 @@ int32_t Prefetcher::Prefetch(std::vector<Prediction>& predictions, const Post& p
   }
   int32_t num_posted = 0;
   for (const Prediction& p : predictions) {
+    if (!IsExpected(p)) break;  // nor is any that follows
     if (IsResident(p) || !IsWanted(p)) continue;
     const SlotId slot = Take(ExpertOf(p), needed_at(p));
     if (slot == SlotId::kNone) continue;
@@ -119,12 +169,13 @@ int32_t Prefetcher::PrefetchNeeded(std::span<const float> need, const Post& post
   if (need.size() % num_experts != 0) {
     throw std::invalid_argument("need must be [distances, " + std::to_string(num_experts) + "]");
   }
+  if (trial_) trial_->PrefetchNeeded(need);
   const auto num_distances = std::min(need.size() / num_experts, static_cast<size_t>(horizon_));
   ranked_.clear();
   for (size_t row = 0; row < num_distances; ++row) {
     RankRow(static_cast<int32_t>(row) + 1, need.subspan(row * num_experts, num_experts));
   }
-  return Prefetch(ranked_, post);
+  return PrefetchRanked(ranked_, post);
 }
 
 // What is not even expected would not be admitted either.
@@ -134,13 +185,12 @@ void Prefetcher::RankRow(int32_t distance, std::span<const float> need) {
     const Prediction prediction{distance, expert, need[static_cast<size_t>(expert)]};
     if (prediction.need > 0.0F && IsExpected(prediction)) ranked_.push_back(prediction);
   }
+  if (!is_fixed()) return;  // they are ranked with those of the other layers
   const auto begin = ranked_.begin() + first;
-  const auto count = ranked_.end() - begin;
-  const auto num_ranked = is_fixed() ? std::min<ptrdiff_t>(count, top_k_) : count;
-  std::partial_sort(begin, begin + num_ranked, ranked_.end(),
-                    [](const Prediction& a, const Prediction& b) {
-                      return a.need != b.need ? a.need > b.need : a.expert < b.expert;
-                    });
+  const auto end = begin + std::min<ptrdiff_t>(ranked_.end() - begin, top_k_);
+  std::partial_sort(begin, end, ranked_.end(), [](const Prediction& a, const Prediction& b) {
+    return a.need != b.need ? a.need > b.need : a.expert < b.expert;
+  });
 }
 
 SlotId Prefetcher::Take(ExpertId expert, Tick needed_at) {

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -17,6 +18,8 @@
 
 namespace expertflow {
 
+class PrefetchTrial;
+
 // What became of prefetched experts since the last reset.
 struct PrefetchStatistics {
   int64_t hits = 0;    // needed for the first time, and there in time
@@ -25,10 +28,11 @@ struct PrefetchStatistics {
 };
 
 // Carries out what the scheduler decides about predictions: which experts to fetch ahead, and which
-// residents to keep until then. The caches and the simulator decide with it alike.
+// residents to keep until then; but where PrefetchTrial has not found that this pays, nothing. The
+// caches and the simulator decide with it alike.
 //
 //   RecordPlan(plan)                     every plan
-//   horizon = BeginLayer(measured)       what to predict for that plan's layer
+//   distance = BeginLayer(measured)      what to predict for that plan's layer
 //   Prefetch(predictions, post)
 //
 // and where a token's id, and with it its embedding, is known before the plan of its first layer:
@@ -47,9 +51,14 @@ class Prefetcher {
   // Queues the transfer of the expert that `slot` was given to, which is needed at `needed_at`.
   using Post = std::function<void(SlotId slot, Tick needed_at)>;
 
+  // An adaptive prefetcher first finds out in a trial whether prefetching pays; one that is itself
+  // on trial takes that for granted.
+  enum Trial : uint8_t { kUntried, kTried };
+
   // All of the same cache; the references are kept.
   Prefetcher(const SlotTableView& table, Planner& planner, const TransferQueue& queue,
-             const PlannerConfig& config);
+             const PlannerConfig& config, Trial trial = kTried);
+  ~Prefetcher();
 
   // kAutoHorizon, or a fixed number of layers: then the top-k predictions of each are fetched, and
   // nothing is refused. On demand it is always 0. Throws std::invalid_argument for others than 0 to
@@ -58,8 +67,9 @@ class Prefetcher {
 
   void RecordPlan(const Plan& plan);
 
-  // Returns how many layers ahead to predict and prefetch for the plan recorded last. `measured`
-  // holds times, moved bytes and bandwidth; the rest is filled in here.
+  // Returns how many layers ahead to predict for the plan recorded last: the horizon, or more where
+  // a trial needs it. `measured` holds times, moved bytes and bandwidth; the rest is filled in
+  // here.
   int32_t BeginLayer(LayerObservation measured);
   // The same where nothing of use was measured: the scheduler learns nothing.
   int32_t BeginUnmeasuredLayer();
@@ -82,17 +92,23 @@ class Prefetcher {
   // A slot for one expert, whatever the scheduler thinks of it; see Planner::PlanPrefetch.
   SlotId Take(ExpertId expert, Tick needed_at);
 
+  // For ShadowCache: forgets what was prefetched, but not what was learned.
+  void Restart();
+
   int32_t horizon() const { return horizon_; }  // of the layer begun last
   const PrefetchStatistics& statistics() const { return statistics_; }
   void ResetStatistics() { statistics_ = {}; }
 
  private:
+  int32_t PrefetchRanked(std::vector<Prediction>& predictions, const Post& post);
   bool is_fixed() const { return chosen_horizon_ != kAutoHorizon; }
   ExpertId ExpertOf(const Prediction& prediction) const;
   bool IsResident(const Prediction& prediction) const;
   bool IsExpected(const Prediction& prediction) const;
   bool IsWanted(const Prediction& prediction) const;
   bool DelaysLaterOnes(const Prediction& prediction, size_t bytes_ahead) const;
+  void FollowTrial(const LayerObservation& measured);
+  void ClearBiases();
   void LearnMissCost(const LayerObservation& measured);
   void RankRow(int32_t distance, std::span<const float> need);
   void KeepTopK(std::vector<Prediction>& predictions) const;
@@ -115,7 +131,10 @@ class Prefetcher {
   int32_t measured_num_fetched_ = 0;
   PrefetchLedger::Counts counts_;  // that the scheduler has not seen
   PrefetchStatistics statistics_;
-  std::vector<Prediction> ranked_;  // [kMaxHorizon * num_experts] at most
+  std::unique_ptr<PrefetchTrial> trial_;  // none while it is on trial itself
+  bool pays_;                             // as the trial has found
+  std::vector<int64_t> routed_;           // experts of the last plan
+  std::vector<Prediction> ranked_;        // [kMaxHorizon * num_experts] at most
 };
 
 }  // namespace expertflow

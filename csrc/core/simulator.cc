@@ -178,7 +178,7 @@ LayerObservation Simulator::Observe() {
 void Simulator::Prefetch(const Plan& plan) {
   prefetcher_.RecordPlan(plan);
   const int32_t horizon = prefetcher_.BeginLayer(Observe());
-  counts_.horizon_sum += horizon;
+  counts_.horizon_sum += prefetcher_.horizon();
   predictions_.clear();
   predictor_->Predict(step_, horizon, predictions_);
   PostPredicted();

@@ -1,5 +1,6 @@
 #include "core/slot_table.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -43,6 +44,20 @@ SlotTable::SlotTable(int32_t num_layers, int32_t num_experts, int32_t num_slots)
            slot_needed_.data(),
            slot_predicted_.data(),
            slot_unused_.data()};
+}
+
+void SlotTable::CopyAtRest(const SlotTableView& table) {
+  const auto copy = [](auto& to, const auto* from) { std::copy_n(from, to.size(), to.begin()); };
+  copy(expert_slot_, table.expert_slot);
+  copy(expert_key_, table.expert_key);
+  copy(slot_expert_, table.slot_expert);
+  copy(slot_state_, table.slot_state);
+  copy(slot_generation_, table.slot_generation);
+  copy(slot_key_, table.slot_key);
+  copy(slot_needed_, table.slot_needed);
+  std::ranges::replace_if(slot_state_, InFlight, SlotState::kReady);
+  std::ranges::fill(slot_predicted_, kNever);
+  std::ranges::fill(slot_unused_, uint8_t{0});
 }
 
 }  // namespace expertflow

@@ -99,6 +99,10 @@ class SlotTable {
 
   const SlotTableView& view() const { return view_; }
 
+  // Becomes what `table`, of the same sizes, is at rest: what is on its way there is ready here,
+  // and nothing is predicted or unused. Allocates nothing.
+  void CopyAtRest(const SlotTableView& table);
+
  private:
   std::vector<SlotId> expert_slot_;
   std::vector<int64_t> expert_key_;

@@ -72,6 +72,8 @@ class TransferQueue {
     return transfer(slot).transfer_class == TransferClass::kPrefetch;
   }
   int32_t chunks_in_flight() const { return chunks_in_flight_; }
+  size_t chunk_bytes() const { return chunk_bytes_; }
+  size_t demand_chunk_bytes() const { return demand_chunk_bytes_; }
   size_t queued_bytes() const;  // not yet handed out
   // Of these, prefetches that are needed at `needed_at` or before.
   size_t prefetch_bytes_until(Tick needed_at) const;

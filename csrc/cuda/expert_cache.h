@@ -29,7 +29,7 @@ namespace expertflow::cuda {
 //
 //   horizon = BeginToken(num_tokens); PrefetchPredicted(need of the first layers)
 //   plan = BeginLayer(layer, ids, stream)   waits for the ids, posts what is missing
-//   horizon = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
+//   distances = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
 //   Prefetch(later layer, ids)              any time
 //   for each row: Wait(row, stream); enqueue its work on the stream; Release(row, stream)
 //

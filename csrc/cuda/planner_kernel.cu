@@ -30,12 +30,14 @@ void LaunchLearnNeeds(const PlanningView& planning, int32_t layer, cudaStream_t 
   CheckNeedModel(planning);
   const NeedState& model = planning.need.model;
   const auto* kernel = reinterpret_cast<const void*>(&LearnNeedsKernel);
-  const int32_t num_words = NumLearnerWords(model.num_experts, model.width);
+  const auto num_words = static_cast<size_t>(NumLearnerWords(model.num_experts, model.width));
+  const size_t shared_bytes = sizeof(int32_t) * num_words;
+  CheckShared(planning, sizeof(int32_t), shared_bytes);
   void* arguments[] = {const_cast<BlockNeedState*>(&planning.need), &layer};
   LaunchOverlapped({.kernel = kernel,
                     .num_blocks = 1,
                     .num_threads = kLearningThreads,
-                    .shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words)},
+                    .shared_bytes = shared_bytes},
                    arguments, stream);
 }
 

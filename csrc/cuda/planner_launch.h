@@ -34,9 +34,8 @@ __global__ void __launch_bounds__(CudaBlock::kMaxThreads)
     PlanLayerKernel(const __grid_constant__ PlanningView planning,
                     const __grid_constant__ LayerPlanRequest request, Block block) {
   __shared__ BlockPlannerShared shared;
-  __shared__ volatile int32_t fetched;
   extern __shared__ int32_t shared_words[];
-  if (threadIdx.x == 0) fetched = FetchParameter(planning) ^ FetchParameter(request);
+  if (threadIdx.x == 0) shared.fetched = FetchParameter(planning) ^ FetchParameter(request);
   BlockPlanner<Policy, Block>(block, shared, shared_words, planning, request).Run();
 }
 
@@ -44,6 +43,15 @@ inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t 
   if (holds) return;
   throw std::invalid_argument(std::string("the planner kernel cannot plan ") + what + " " +
                               std::to_string(value) + ": the limit is " + std::to_string(limit));
+}
+
+// Whether a block has room for `bytes_of_experts`, which grow with the layer's experts.
+inline void CheckShared(const PlanningView& planning, size_t fixed_bytes, size_t bytes_of_experts) {
+  constexpr size_t kMaxBytes = 48 * 1024;
+  const auto num_experts = static_cast<size_t>(planning.table.num_experts);
+  const size_t limit = num_experts * (kMaxBytes - fixed_bytes) / bytes_of_experts;
+  CheckPlannable(num_experts <= limit, "experts per layer", planning.table.num_experts,
+                 static_cast<int64_t>(limit));
 }
 
 // A view as MakePlanningView returns it has no need model.
@@ -70,7 +78,6 @@ inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRe
 template <class Block>
 void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPlanRequest& request,
                        cudaStream_t stream) {
-  constexpr size_t kMaxDynamicBytes = 48 * 1024 - sizeof(BlockPlannerShared);
   if (planning.policy == PolicyKind::kPredictedNeed) CheckNeedModel(planning);
   const int64_t num_words = NumPlannerWords(planning.policy, planning.table.num_experts);
   const size_t shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words);
@@ -78,9 +85,7 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
                  request.layer, planning.table.num_layers - 1);
   CheckPlannable(request.ids.count >= 0 && request.ids.count <= kMaxRoutedIds, "routed ids",
                  request.ids.count, kMaxRoutedIds);
-  CheckPlannable(shared_bytes <= kMaxDynamicBytes, "experts per layer", planning.table.num_experts,
-                 planning.table.num_experts * static_cast<int64_t>(kMaxDynamicBytes) /
-                     static_cast<int64_t>(shared_bytes));
+  CheckShared(planning, sizeof(BlockPlannerShared), shared_bytes);
   const auto num_threads = static_cast<unsigned>(NumPlannerThreads(planning, request));
   WithPolicy(planning.policy, [&]<class Policy>(Policy) {
     const auto* kernel = reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block>);

@@ -24,7 +24,7 @@ namespace expertflow {
 //
 //   horizon = BeginToken(num_tokens); PrefetchPredicted(need of the first layers)
 //   plan = BeginLayer(layer, ids)       posts what is missing
-//   horizon = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
+//   distances = BeginPrefetch(); PrefetchPredicted(need of the layers ahead)
 //   Prefetch(later layer, ids)          any time
 //   for each row: Wait(row); compute with slot_data(rows[row].slot); Release(row)
 //

@@ -146,7 +146,10 @@ void DefinePredictor(py::module_& m) {
           py::arg("num_sequences"), py::arg("rows_per_sequence"), py::arg("tokens"))
       .def("observe", [](Predictor& p, int32_t layer,
                          const FloatArray& hidden) { p.Observe(layer, Values(hidden)); })
-      .def("predict", &Predictor::Predict, py::call_guard<py::gil_scoped_release>())
+      .def("predict", py::overload_cast<int32_t>(&Predictor::Predict),
+           py::call_guard<py::gil_scoped_release>())
+      .def("predict", py::overload_cast<int32_t, int32_t>(&Predictor::Predict),
+           py::call_guard<py::gil_scoped_release>())
       .def("learn", &Predictor::Learn, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("num_distances", &Predictor::num_distances)
       .def("need", [](const Predictor& p, int32_t distance) { return ToArray(p.need(distance)); })

@@ -139,7 +139,10 @@ TEST_P(BlockPlannerTest, DecidesAlikeOnRecordedRouting) {
 }
 
 TEST(BlockPlannerRefusalTest, IdsThatTheLayerLacksChangeNothing) {
-  ExpectBadIdsAreRefused<CpuBlockPlanner>();
+  for (const std::string& policy : PolicyNames()) {
+    SCOPED_TRACE(policy);
+    ExpectBadIdsAreRefused<CpuBlockPlanner>(ParsePolicy(policy));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(AllPolicies, BlockPlannerTest, EveryPolicyAndScope(),

@@ -51,6 +51,25 @@ class CacheControlPrefetchTest : public testing::Test {
     return horizon;
   }
 
+  // Eight experts of each layer in turn, which no LRU of four keeps, foreseen one layer ahead.
+  void RunForeseenToken(int32_t token) {
+    const int32_t first = 2 * token % kExperts;
+    for (int32_t layer = 0; layer < kLayers; ++layer) {
+      RunLayer(layer, {first, first + 1});
+      const int32_t next = layer + 1 < kLayers ? first : (first + 2) % kExperts;
+      const auto posted = Prefetch({{{next, 1.0F}, {next + 1, 1.0F}}});
+      EXPECT_TRUE(posted.empty() || control_->horizon() > 0);
+    }
+  }
+
+  // Until prefetching has been found to pay.
+  void EarnPrefetching() {
+    for (int32_t token = 0; token < 20 && control_->horizon() == 0; ++token) {
+      RunForeseenToken(token);
+    }
+    ASSERT_GT(control_->horizon(), 0);
+  }
+
   // Prefetches by rows of {expert, need}, and returns which experts were posted, in order.
   std::vector<ExpertId> Prefetch(const std::vector<std::vector<std::pair<int, float>>>& rows) {
     std::vector<float> need(rows.size() * kExperts);
@@ -92,14 +111,17 @@ TEST_F(CacheControlPrefetchTest, PrefetchesNothingBeforeItHasMeasured) {
   EXPECT_EQ(RunLayer(1, {0, 1}), 0) << "no bandwidth yet";
   EXPECT_THAT(Prefetch({{{3, 1.0F}}}), IsEmpty());
   experts_per_layer_ = kFast;
-  EXPECT_EQ(RunLayer(2, {0, 1}), 2) << "two experts in 160 us";
+  EXPECT_GT(RunLayer(2, {0, 1}), 0) << "for the trial";
+  EXPECT_THAT(Prefetch({{{3, 1.0F}}}), IsEmpty());
 }
 
 TEST_F(CacheControlPrefetchTest, PostsWhatIsWorthItNearerLayersFirst) {
-  MakeControl(Options(24));
-  ASSERT_EQ(RunTokens(1), 2);  // layer 5 was planned: layers 0 and 1 of the next token follow
-  // The price is about 2, so 2/3 is the border; of a third expert only half fits before its layer.
-  const auto posted = Prefetch({{{4, 0.6F}, {5, 0.9F}}, {{2, 0.7F}, {6, 0.95F}}, {{7, 1.0F}}});
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);  // layer 5 was planned: layers 0 and 1 of the next token follow
+  control_->ResetStatistics();
+  // A need of 0.02 is below the lowest price; only half of a third expert fits before its layer.
+  const auto posted = Prefetch({{{4, 0.02F}, {5, 0.9F}}, {{2, 0.02F}, {6, 0.95F}}, {{7, 1.0F}}});
   EXPECT_THAT(posted, ElementsAre(ExpertId{0, 5}, ExpertId{1, 6}));
   RunLayer(0, {0, 5});
   RunLayer(1, {0, 1});
@@ -110,19 +132,23 @@ TEST_F(CacheControlPrefetchTest, PostsWhatIsWorthItNearerLayersFirst) {
 // A transfer takes 80 us. The near expert would be served before the others, of which two need all
 // but 40 of the 200 us before their layer.
 TEST_F(CacheControlPrefetchTest, ANearGuessDoesNotDelayWhatIsMoreProbableAndNeededLater) {
-  MakeControl(Options(24));
-  ASSERT_EQ(RunTokens(1), 2);
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
   EXPECT_THAT(Prefetch({{{4, 0.7F}}, {{5, 0.9F}}}), ElementsAre(ExpertId{0, 4}, ExpertId{1, 5}));
-  MakeControl(Options(24));
-  ASSERT_EQ(RunTokens(1), 2);
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
   EXPECT_THAT(Prefetch({{{4, 0.7F}}, {{5, 0.9F}, {6, 0.95F}}}),
               ElementsAre(ExpertId{1, 6}, ExpertId{1, 5}));
 }
 
 TEST_F(CacheControlPrefetchTest, FetchesFirstLayersWhenATokenBegins) {
-  MakeControl(Options(24));
+  MakeControl(Options(2 * kLayers));
   EXPECT_EQ(control_->BeginToken(1, now_us_), 0) << "no time is known";
-  ASSERT_EQ(RunTokens(1), 2);
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
+  control_->ResetStatistics();
   EXPECT_EQ(control_->BeginToken(17, now_us_), 0) << "a prompt";
   EXPECT_THAT(Prefetch({{{5, 1.0F}}}), IsEmpty());
   EXPECT_EQ(control_->BeginToken(1, now_us_), 2);
@@ -132,8 +158,9 @@ TEST_F(CacheControlPrefetchTest, FetchesFirstLayersWhenATokenBegins) {
 }
 
 TEST_F(CacheControlPrefetchTest, FirstLayerHasTheTimeThatItTookBefore) {
-  MakeControl(Options(24));
-  RunTokens(1);
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  RunTokens(4);
   // 40 of a layer's 100 us before the plan of layer 0: half of an expert, which takes 80 us.
   now_us_ += 60.0;
   control_->BeginToken(1, now_us_);
@@ -146,9 +173,10 @@ TEST_F(CacheControlPrefetchTest, FirstLayerHasTheTimeThatItTookBefore) {
 
 TEST_F(CacheControlPrefetchTest, KeepsResidentsThatAreExpected) {
   for (const bool is_expected : {true, false}) {
-    MakeControl(Options(2 * kLayers));  // all that RunTokens needs, in LRU order
-    ASSERT_EQ(RunTokens(1), 2);
-    const float need = is_expected ? 0.9F : 0.1F;
+    MakeControl(Options(2 * kLayers));
+    EarnPrefetching();
+    ASSERT_EQ(RunTokens(4), 2);  // all that they need is resident, in LRU order
+    const float need = is_expected ? 0.9F : 0.02F;
     EXPECT_THAT(Prefetch({{{0, need}, {1, need}, {4, 0.95F}}}), ElementsAre(ExpertId{0, 4}));
     EXPECT_EQ(IsResident({0, 0}), is_expected);
     EXPECT_EQ(IsResident({1, 0}), !is_expected) << "then another goes";
@@ -162,21 +190,56 @@ TEST_F(CacheControlPrefetchTest, PrefetchesNothingWhereTheLinkIsTooSlow) {
   EXPECT_THAT(Prefetch({{{5, 1.0F}}}), IsEmpty());
 }
 
-TEST_F(CacheControlPrefetchTest, TurnsItselfOffWherePrefetchesAreWasted) {
+TEST_F(CacheControlPrefetchTest, PostsNothingBeforeItIsKnownToPay) {
+  MakeControl(Options(24));
+  EarnPrefetching();
+  EXPECT_LE(control_->prefetch_statistics().used, 2 * kLayers) << "the last token's";
+}
+
+TEST_F(CacheControlPrefetchTest, PostsNothingThatIsOnlyWasted) {
   MakeControl(Options(2 * kLayers));
-  bool was_off = false;
+  for (int32_t i = 0; i < 20000; ++i) {
+    RunLayer(i % kLayers, {0, 1});
+    ASSERT_EQ(control_->horizon(), 0);
+    ASSERT_THAT(Prefetch({{{2 + i % 6, 0.9F}}}), IsEmpty());
+    ASSERT_TRUE(i < 2 * kLayers || IsResident({i % kLayers, 0}));  // nor protected or biased
+  }
+}
+
+TEST_F(CacheControlPrefetchTest, EndsWherePrefetchesAreWastedFromNowOn) {
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
   int64_t num_posted = 0;
-  for (int32_t i = 0; i < 4000 && !was_off; ++i) {
-    was_off = RunLayer(i % kLayers, {0, 1}) == 0 && i > kLayers;
+  for (int32_t i = 0; i < 20000; ++i) {
+    RunLayer(i % kLayers, {0, 1});
     num_posted += std::ssize(Prefetch({{{2 + i % 6, 0.9F}}}));
   }
-  EXPECT_TRUE(was_off);
   EXPECT_GT(num_posted, 0);
-  EXPECT_GT(control_->prefetch_statistics().wasted, num_posted / 2);
+  EXPECT_EQ(control_->horizon(), 0);
+  EXPECT_THAT(Prefetch({{{5, 1.0F}}}), IsEmpty());
+}
+
+TEST_F(CacheControlPrefetchTest, AsksForPredictionsEverMoreRarelyAndAgainOnAnotherLink) {
+  MakeControl(Options(2 * kLayers));
+  const auto count_asked = [&] {
+    int32_t num_asked = 0;
+    for (int32_t i = 0; i < 60000; ++i) num_asked += RunLayer(i % kLayers, {0, 1}) > 0;
+    return num_asked;
+  };
+  const int32_t asked_first = count_asked();
+  for (int32_t i = 0; i < 4; ++i) count_asked();
+  const int32_t asked_later = count_asked();
+  EXPECT_LT(asked_later, 0.8 * asked_first);
+  int32_t layers = 0;
+  while (layers < 200000 && RunLayer(layers % kLayers, {0, 1}) > 0) ++layers;  // until it rests
+  experts_per_layer_ = 0.5 * kFast;
+  EXPECT_GT(RunTokens(1), 0);
 }
 
 TEST_F(CacheControlPrefetchTest, PromptsAndPausesDoNotChangeTheHorizon) {
   MakeControl(Options(24));
+  EarnPrefetching();
+  RunTokens(4);
   experts_per_layer_ = 0.3;
   const int32_t horizon = RunTokens(40);
   EXPECT_GE(horizon, 4);
@@ -206,7 +269,7 @@ TEST_F(CacheControlPrefetchTest, ANewHorizonForgetsWhatMissesCostWithTheLastOne)
   const auto keys_after = [this](int32_t first_horizon, int32_t last_horizon) {
     MakeControl(Options(24, PolicyKind::kPredictedNeed));
     control_->set_horizon(first_horizon);
-    RunTokens(2);
+    for (int32_t token = 0; token < 20; ++token) RunForeseenToken(token);
     if (last_horizon != first_horizon) control_->set_horizon(last_horizon);
     RunTokens(1);
     const int64_t* keys = control_->table().expert_key;
@@ -235,7 +298,9 @@ TEST_F(CacheControlPrefetchTest, RefusesWhatHasNoMeaning) {
 
 TEST_F(CacheControlPrefetchTest, ResettingTheStatisticsKeepsWhatWasLearned) {
   MakeControl(Options(24));
+  EarnPrefetching();
   const int32_t horizon = RunTokens(40);
+  control_->ResetStatistics();
   Prefetch({{{5, 1.0F}}});
   RunLayer(0, {0, 5});
   EXPECT_EQ(control_->prefetch_statistics().used, 1);

@@ -149,7 +149,10 @@ INSTANTIATE_TEST_SUITE_P(AllPolicies, PlannerKernelSmallTest, EveryPolicyAndScop
 using PlannerKernelRefusalTest = CudaTest;
 
 TEST_F(PlannerKernelRefusalTest, IdsThatTheLayerLacksChangeNothing) {
-  ExpectBadIdsAreRefused<GpuPlanner>();
+  for (const std::string& policy : PolicyNames()) {
+    SCOPED_TRACE(policy);
+    ExpectBadIdsAreRefused<GpuPlanner>(ParsePolicy(policy));
+  }
 }
 
 TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {

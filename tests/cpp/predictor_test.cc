@@ -118,6 +118,21 @@ TEST(PredictorTest, NeedOfSeveralRowsIsThatSomeRowNeedsIt) {
   }
 }
 
+TEST(PredictorTest, FarLayersThatWereNotScoredTeachNothing) {
+  Predictor predictor = MakePredictor();
+  predictor.BeginPass(1, 1, {});
+  const std::vector<std::vector<float>> hidden = RandomPass(1, 5);
+  for (int32_t layer = 0; layer < kNumLayers; ++layer) {
+    predictor.Observe(layer, hidden[static_cast<size_t>(layer)]);
+    predictor.Predict(layer, 1);
+    EXPECT_EQ(predictor.num_distances(), layer + 1 < kNumLayers ? 1 : 0);
+    predictor.Learn(layer);
+  }
+  LearnedState& state = predictor.state();
+  EXPECT_THAT(ToVector(state.Weights(state.Pair(0, 1))), ::testing::Contains(::testing::Ne(0.0f)));
+  EXPECT_THAT(ToVector(state.Weights(state.Pair(0, 2))), ::testing::Each(0.0f));
+}
+
 TEST(PredictorTest, ALayerThatWasNotPredictedTeachesNothing) {
   Predictor predictor = MakePredictor();
   predictor.BeginPass(1, 1, {});

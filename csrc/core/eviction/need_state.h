@@ -11,8 +11,8 @@
 
 // What NeedModel (eviction/need_model.h) keeps, as plain data in host or device memory, and what it
 // does to one weight or one expert. The model on the host and the one in the planner kernel
-// (core/block_need_step.h) are made of these functions, in integers: so
-// they agree bit by bit, whatever the order of their sums.
+// (core/block_need_step.h) are made of these functions, in integers: so they agree bit by bit,
+// whatever the order of their sums.
 
 namespace expertflow {
 

@@ -90,10 +90,12 @@ void Predictor::Observe(int32_t layer, std::span<const float> hidden) {
   seen.pass = pass_;
 }
 
-void Predictor::Predict(int32_t layer) {
+void Predictor::Predict(int32_t layer, int32_t max_distance) {
   CheckObserved(layer, kTokenStart);
   Layer& from = At(layer);
-  num_distances_ = std::min(config_.max_distance, config_.num_layers - 1 - layer);
+  num_distances_ =
+      std::clamp(max_distance, 0, std::min(config_.max_distance, config_.num_layers - 1 - layer));
+  from.num_distances = num_distances_;
   last_layer_ = layer;
   const auto num_distances = static_cast<size_t>(num_distances_);
   from.base.resize(num_distances * num_rows_ * num_experts_);
@@ -144,6 +146,7 @@ void Predictor::LearnRow(int32_t layer, size_t row) {
   for (int32_t source = layer - 1; source >= farthest; --source) {
     Layer& from = At(source);
     if (from.predicted_pass != pass_ || from.lengths[row] == 0.0f) continue;
+    if (layer - source > from.num_distances) continue;
     const auto distance = static_cast<size_t>(layer - source);
     const size_t pair = state_.Pair(source, distance);
     const std::span<const float> base = Block(from.base, distance, row);

@@ -50,8 +50,10 @@ class Predictor {
   // mean square as a norm would give them on. Rows that are not finite teach nothing.
   void Observe(int32_t layer, std::span<const float> hidden);
 
-  // Scores the layers behind `layer`, which was observed in this pass.
-  void Predict(int32_t layer);
+  // Scores the `max_distance` layers behind `layer`, which was observed in this pass, or all that
+  // the configuration has. What is not scored teaches nothing.
+  void Predict(int32_t layer, int32_t max_distance);
+  void Predict(int32_t layer) { Predict(layer, config_.max_distance); }
 
   // Learns from how `layer`, which was observed in this pass, routes its rows.
   void Learn(int32_t layer);
@@ -75,6 +77,7 @@ class Predictor {
   struct Layer {
     int64_t pass = -1;
     int64_t predicted_pass = -1;
+    int32_t num_distances = 0;  // that it predicted then
     std::vector<float> directions;  // [rows, hidden] of length 1, or 0 if not finite
     std::vector<float> lengths;     // [rows]
     std::vector<float> base;        // [distances, rows, experts], the pre-gates it computed

@@ -46,6 +46,7 @@ void VirtualTransfers::StartCopies(int64_t now_ns) {
     LayerStatistics& counts = planner_.statistics(ToId(table_, chunk->expert).layer);
     (queue_.IsPrefetch(chunk->slot) ? counts.prefetch_bytes : counts.demand_bytes) +=
         static_cast<int64_t>(chunk->num_bytes);
+    moved_bytes_ += chunk->num_bytes;
     const int64_t begin_ns = std::max(now_ns, link_free_ns_);
     link_free_ns_ = begin_ns + DurationNs(chunk->num_bytes);
     copies_.push_back({*chunk, begin_ns, link_free_ns_});

@@ -49,6 +49,7 @@ class VirtualTransfers {
 
   const TransferQueue& queue() const { return queue_; }
   double measured_bytes_per_second() const { return bandwidth_.bytes_per_second(); }
+  size_t moved_bytes() const { return moved_bytes_; }  // of all copies that were started
 
  private:
   struct Copy {
@@ -70,6 +71,7 @@ class VirtualTransfers {
   BandwidthEstimator bandwidth_;
   std::vector<Copy> copies_;  // in flight, in order
   int64_t link_free_ns_ = 0;
+  size_t moved_bytes_ = 0;
 };
 
 }  // namespace expertflow

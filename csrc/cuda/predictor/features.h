@@ -86,7 +86,8 @@ class Features {
     if (has_means) LoadMeans(target, at, fours);
   }
 
-  // Has the cache fetch what of them no kernel of the pass writes.
+  // Has the cache fetch what of them no kernel in flight writes: the update of that layer does, but
+  // after this prediction.
   template <int kCount>
   __device__ void PrefetchRest(int target, const int (&at)[kCount]) const {
 #pragma unroll

@@ -30,8 +30,8 @@ class PartSums {
         first_group_(first_group),
         end_group_(end_group) {}
 
-  // Starts to read rows, as many as there is room for. Only learning, which is done before a pass
-  // begins, changes them: the kernel that makes the token may still run.
+  // Starts to read rows, as many as there is room for. Only updates change them, of other rows
+  // than these or joined before: the kernel that makes the token may still run.
   __device__ void Start() const {
 #pragma unroll
     for (int stage = 0; stage < kPredictStages; ++stage) Load(first_group_ + stage, stage);

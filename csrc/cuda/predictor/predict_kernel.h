@@ -26,7 +26,7 @@ struct PredictWork {
   int first_group;
   int end_group;
 
-  __device__ static bool IsKeeper() { return blockIdx.y == 0; }
+  __device__ static bool IsKeeperRow() { return blockIdx.y == 0; }
 
   __device__ explicit PredictWork(const PredictParams& params)
       : distance(0), part(static_cast<int>(blockIdx.y) - 1) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, kPredictBlocksPerMultiprocessor)
     PredictKernel(const __grid_constant__ PredictParams params) {
   __shared__ PredictShared shared;
   __shared__ unsigned ticket;
-  if (PredictWork::IsKeeper()) {
+  if (PredictWork::IsKeeperRow()) {
     WaitForPrerequisites();
     LetDependentsStart();
     if (blockIdx.x == 0) KeepBlock(params, shared.keep).Keep();

@@ -2,6 +2,7 @@
 
 The text is run through the model in windows of 1024 tokens. The predictor then sees the router
 inputs as if the tokens were decoded one by one: each token is scored before it is learned from.
+What it foresees of a token's first layers from the token's embedding stands in tables of its own.
 The pre-gate is the same predictor, never taught. Needs matplotlib for --plot only.
 """
 
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import expertflow
+from expertflow._core import TOKEN_START
 from expertflow.predictor import ExpertPredictor
 from expertflow.record import windows
 from expertflow.routers import find_routers
@@ -33,12 +35,16 @@ def main():
     parts = [part[: options.tokens] for part in parts]
     top_k, num_experts = model.expert_cache.top_k, model.expert_cache.num_experts
     budgets = sorted({min(m, num_experts) for m in (top_k, top_k + 2, 2 * top_k, 4 * top_k)})
-    found, seconds = measure(model, torch.cat(parts), budgets)
+    found, from_embedding, seconds = measure(model, torch.cat(parts), budgets)
     num_tokens = len(found["ours"])
     shape = f"{model.expert_cache.num_layers} layers, top-{top_k} of {num_experts} experts"
     print(f"{num_tokens} tokens, {shape}, {model.dtype}; recall over the second half, all layers")
-    tables = {name: np.mean(hits[num_tokens // 2 :], axis=0) for name, hits in found.items()}
-    print_tables(tables, budgets)
+    tables = second_half(found)
+    print_tables(tables, budgets, "distance", 1)
+    print("\nof the first layers, from the embedding")
+    print_tables(second_half(from_embedding), budgets, "layer", 0)
+    early = from_embedding["ours"][:WINDOW_TOKENS, :, 0].mean(0)
+    print(f"{f'ours at {top_k}, to {WINDOW_TOKENS}':>21}" + "".join(f"{r:8.4f}" for r in early))
     print(f"predict and learn: {seconds / num_tokens * 1e6:.0f} us of CPU time a token")
     print_windows(found, 0, "from a fresh start")
     if options.then:
@@ -59,34 +65,49 @@ def parse():
 
 
 def measure(model, token_ids, budgets):
-    """Recall [tokens, distances, budgets], a mean over layers, of both; and CPU seconds of ours."""
+    """Recall of both predictors, and CPU seconds of ours.
+
+    [tokens, distances, budgets], a mean over layers; and from the embedding [tokens, first layers,
+    budgets].
+    """
     ours = ExpertPredictor.for_model(model)
     pre_gate = ExpertPredictor(find_routers(model), num_token_buckets=0)
     found = {"pre-gate": [], "ours": []}
+    from_embedding = {"pre-gate": [], "ours": []}
     seconds = 0.0
     for window in windows(model, token_ids):
         begin = time.process_time()
-        ids, _ = ours.replay(window.hidden, window.token_ids, max(budgets))
+        ids, _ = ours.replay(window.sources, window.token_ids, max(budgets))
         seconds += time.process_time() - begin
-        found["ours"].append(recall(ids, window.expert_ids, budgets))
-        ids = rank_untaught(pre_gate, window.hidden, max(budgets))
-        found["pre-gate"].append(recall(ids, window.expert_ids, budgets))
-    return {name: np.concatenate(parts) for name, parts in found.items()}, seconds
+        untaught = rank_untaught(pre_gate, window.sources, max(budgets))
+        for name, ranked in (("pre-gate", untaught), ("ours", ids)):
+            found[name].append(recall(ranked[:, 1:], window.expert_ids, budgets))
+            from_embedding[name].append(first_recall(ranked[:, 0], window.expert_ids, budgets))
+    return joined(found), joined(from_embedding), seconds
 
 
-def rank_untaught(predictor, hidden, num_ranked):
+def joined(parts):
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def second_half(found):
+    return {name: np.mean(hits[len(hits) // 2 :], axis=0) for name, hits in found.items()}
+
+
+def rank_untaught(predictor, sources, num_ranked):
     """What `replay` would return if nothing were ever learned."""
     core = predictor._core
-    tokens, layers, _ = hidden.shape
-    ids = np.zeros((tokens, layers, predictor.max_distance, num_ranked), np.int32)
+    tokens, num_sources, _ = sources.shape
+    ids = np.zeros((tokens, num_sources, predictor.max_distance, num_ranked), np.int32)
     core.begin_pass(1, tokens, [])
-    for layer in range(layers):
-        core.observe(layer, hidden[:, layer])
+    for index in range(num_sources):
+        layer = TOKEN_START + index
+        core.observe(layer, sources[:, index])
         core.predict(layer)
         for distance in range(1, core.num_distances + 1):
             scores = core.scores(distance).reshape(tokens, -1)
             ranked = np.argsort(-scores, axis=1, kind="stable")[:, :num_ranked]
-            ids[:, layer, distance - 1] = ranked
+            ids[:, index, distance - 1] = ranked
     return ids
 
 
@@ -103,10 +124,17 @@ def recall(ids, routed, budgets):
     return result
 
 
-def print_tables(tables, budgets):
+def first_recall(ids, routed, budgets):
+    """As `recall`, of the first layers, one by one: those of which `ids` tells."""
+    num_layers = min(ids.shape[1], routed.shape[1])
+    hit = (ids[:, :num_layers, None] == routed[:, :num_layers, :, None]).any(2)  # by rank
+    return (hit.cumsum(-1) / routed.shape[-1])[..., np.array(budgets) - 1]
+
+
+def print_tables(tables, budgets, column, first):
+    columns = range(first, first + tables["ours"].shape[0])
     for index, budget in enumerate(budgets):
-        distances = range(1, tables["ours"].shape[0] + 1)
-        print(f"\nrecall at {budget:<3}distance" + "".join(f"{d:8}" for d in distances))
+        print(f"\nrecall at {budget:<3}{column:>8}" + "".join(f"{c:8}" for c in columns))
         for name, table in tables.items():
             print(f"{name:>21}" + "".join(f"{value:8.4f}" for value in table[:, index]))
     print()

@@ -1,7 +1,7 @@
 """Foresees which experts later layers will need, and learns it while the model runs.
 
 The arithmetic is csrc/core/predictor; docs/prediction.md says where it comes from and how good it
-is. This module feeds it from a model's forward passes, and saves what it learned.
+is. This module feeds it from a model's forward passes; predictor_file.py keeps what it learned.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.nn import functional
 
 from . import _core
 from .device_predictor import DevicePredictor
-from .errors import CheckpointError
+from .predictor_file import LearnedState
 from .routers import Routers, find_routers
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,6 @@ _MAX_TOKEN_BUCKETS = 8192
 # Rows that are predicted and learned from in one pass, the last of each sequence and at least one:
 # a long prompt must not cost more than the experts it routes to.
 _MAX_ROWS = 8
-_FORMAT = "expertflow-predictor-2"
 
 
 class ExpertPredictor:
@@ -202,16 +200,8 @@ class ExpertPredictor:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save what was learned as a safetensors file."""
-        from safetensors.numpy import save_file
-
         self._move_to_host()
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        try:
-            save_file(self._saved(), part, metadata=self._metadata())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        self._learned().save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take over what `save` saved; nothing changes if the file does not fit.
@@ -221,25 +211,11 @@ class ExpertPredictor:
             CheckpointError: the file is damaged, or was not saved by `save`.
             ValueError: it belongs to a model or predictor of other sizes.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path} with a saved predictor")
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a saved predictor: {error}") from error
-        self._check(path, metadata, arrays)
         self._move_to_host()
-        for name, array in self._core.state.items():
-            array[...] = arrays[name]
+        self._learned().load(path)
 
-    def _saved(self) -> dict[str, NDArray[np.float32]]:
-        return self._core.state | {"router_norms": self._router_norms}
-
-    def _metadata(self) -> dict[str, str]:
+    def _learned(self) -> LearnedState:
+        """The host's state, which must hold what was learned: see `_move_to_host`."""
         sizes = {
             "layers": self.num_layers,
             "experts": self.num_experts,
@@ -247,37 +223,7 @@ class ExpertPredictor:
             "max_distance": self.max_distance,
             "token buckets": self.num_token_buckets,
         }
-        return {"format": _FORMAT} | {name: str(size) for name, size in sizes.items()}
-
-    def _check(
-        self,
-        path: str | os.PathLike[str],
-        metadata: dict[str, str],
-        arrays: dict[str, NDArray[Any]],
-    ) -> None:
-        if metadata.get("format") != _FORMAT:
-            raise CheckpointError(
-                f"{path} is not a predictor that this version saves: its format is "
-                f"{metadata.get('format')!r}, not {_FORMAT!r}"
-            )
-        for name, size in self._metadata().items():
-            if metadata.get(name) != size:
-                raise ValueError(
-                    f"{path} was saved for {name} {metadata.get(name)}, and this predictor has "
-                    f"{size}: it was learned on another model, or with other settings"
-                )
-        for name, expected in self._saved().items():
-            found = arrays.get(name)
-            if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-                shape = None if found is None else (*found.shape, str(found.dtype))
-                raise CheckpointError(
-                    f"{path}: {name} should be {(*expected.shape, 'float32')}, found {shape}"
-                )
-            if not np.isfinite(found).all():
-                raise CheckpointError(f"{path}: {name} has values that are not finite")
-        # Loose, so that the same model may be loaded in another dtype.
-        if not np.allclose(arrays["router_norms"], self._router_norms, rtol=0.02):
-            raise ValueError(f"{path} was learned on another model: its routers differ")
+        return LearnedState(self._core.state, self._router_norms, sizes)
 
     @property
     def _active(self) -> _core.Predictor | DevicePredictor:

@@ -321,11 +321,11 @@ def test_bad_files_are_refused_and_change_nothing(trained, tmp_path):
     file.write_bytes(b"not a predictor")
     with pytest.raises(CheckpointError, match="not a saved predictor"):
         trained.load(file)
-    arrays = trained._saved()
+    arrays = trained._learned().tensors()
     save_file(arrays, file)
     with pytest.raises(CheckpointError, match="format"):
         trained.load(file)
-    metadata = trained._metadata()
+    metadata = trained._learned().metadata()
     save_file(arrays | {"deviations": np.zeros(7, np.float32)}, file, metadata)
     with pytest.raises(CheckpointError, match="deviations should be"):
         trained.load(file)

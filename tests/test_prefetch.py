@@ -1,5 +1,6 @@
 """Models that prefetch what a predictor foresees: the same bits, and experts that arrive early."""
 
+import contextlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ from streamed import EVERYTHING_CACHED, CacheOptions, generate, logits, same_bit
 from tiny_models import FAMILIES, VOCAB_SIZE
 
 import expertflow
+from expertflow.experts import StreamedExperts
 from expertflow.predictor import ExpertPredictor, predictor_bytes
 
 PROMPTS = token_ids(23, 9, 1)
@@ -86,6 +88,42 @@ def test_first_layers_are_foreseen_from_the_embedding(tiny_streamed, predicting)
     weights = model.predictor._core.state["weights"]
     learned = weights[:3].any(axis=(1, 2)).tolist()
     assert learned == [True, True, False], "of the horizon from the embedding, and one more"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_first_moe_layers_behind_a_dense_layer_are_foreseen(predicting, monkeypatch, family):
+    model = predicting(family, CacheOptions("50%"))
+    model.expert_cache.set_horizon(2)
+    experts = [module for module in model.modules() if isinstance(module, StreamedExperts)]
+    assert experts[0] is model.model.layers[1].mlp.experts, "MoE layer 0 is layer 1 of the model"
+    predictor = model.predictor
+    foresee, foresee_token = predictor.foresee, predictor.foresee_token
+    foreseen, routed = [], ([], [])
+
+    def note_foreseen(embeddings, max_distance):
+        foreseen.append(foresee_token(embeddings, max_distance))
+        return foreseen[-1]
+
+    monkeypatch.setattr(predictor, "foresee_token", note_foreseen)
+    # Layers foresee nothing: all that is prefetched was foreseen from the embeddings.
+    monkeypatch.setattr(predictor, "foresee", lambda layer, hidden, _: foresee(layer, hidden, 0))
+    with contextlib.ExitStack() as hooks:
+        for module, ids in zip(experts[:2], routed, strict=True):
+            note = lambda _, inputs, ids=ids: ids.append(inputs[1][0].numpy())  # noqa: E731
+            hooks.callback(module.register_forward_pre_hook(note).remove)
+        generate(model, token_ids(1), 200)
+
+    def share_found(distance, layer):
+        needs = np.stack(foreseen)[50:, distance - 1]
+        needed = np.stack(routed[layer])[50:]
+        ranked = np.argsort(-needs)[:, : needed.shape[1]]
+        return (ranked[:, :, None] == needed[:, None]).any(2).mean()
+
+    assert share_found(1, layer=0) > 1.3 * share_found(1, layer=1)
+    assert share_found(2, layer=1) > 1.3 * share_found(2, layer=0)
+    statistics = model.expert_cache.statistics()
+    assert statistics["prefetches_used"] > 0
+    assert [layer["prefetch_bytes"] > 0 for layer in statistics["layers"]] == [True, True, False]
 
 
 def test_embeddings_instead_of_ids_and_prompts_are_not_foreseen(tiny_streamed, predicting):

@@ -5,7 +5,8 @@
 // The routing keeps half of the experts of the token before; 6 layers of 16 experts, top-2. An
 // expert is 4 chunks of 1 MiB at 1 GB/s, a layer computes for 3 ms, half of it in the experts. One
 // worker thread copies beside the thread that waits, as the simulator's two chunks in flight.
-// "oracle" knows the routing; "guesses" come true as often as they say.
+// "oracle" knows the routing; "guesses" come true as often as they say, those of a token's first
+// layers, made when it begins, as well.
 
 #include <benchmark/benchmark.h>
 
@@ -17,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "calibrated_guesses.h"
 #include "core/simulation/step_predictor.h"
 #include "core/simulator.h"
 #include "host/expert_cache.h"
@@ -34,7 +36,6 @@ constexpr size_t kChunkBytes = size_t{1} << 20;
 constexpr size_t kExpertBytes = 4 * kChunkBytes;
 constexpr std::chrono::microseconds kHalfLayerTime(1500);
 constexpr LinkProfile kLink{.bytes_per_second = 1e9, .latency_ns = 20'000};
-constexpr uint16_t kNeedPercent[kTopK] = {90, 45};  // of the guesses for one layer
 
 std::vector<uint16_t> StickyRoutes() {
   std::vector<uint16_t> ids;
@@ -48,37 +49,6 @@ std::vector<uint16_t> StickyRoutes() {
     if (place % kTopK == 0 || ids.back() != id) ids.push_back(id);
   }
   return ids;
-}
-
-// What was foreseen of a trace, [tokens, layers, distances, top-k].
-struct Guesses {
-  std::vector<uint16_t> expert_ids;
-  std::vector<uint16_t> need_q16;
-};
-
-Guesses CalibratedGuesses(const TraceView& trace) {
-  Guesses guesses;
-  uint32_t state = 11;
-  const auto draw = [&state] { return (state = state * 1664525U + 1013904223U) >> 16; };
-  const auto add_other = [&](std::span<const uint16_t> routed) {
-    auto id = static_cast<uint16_t>(draw() % kNumExperts);
-    while (std::ranges::find(routed, id) != routed.end() || id == guesses.expert_ids.back()) {
-      id = static_cast<uint16_t>(draw() % kNumExperts);
-    }
-    guesses.expert_ids.push_back(id);
-  };
-  for (int64_t step = 0; step < trace.num_steps(); ++step) {
-    for (int32_t d = 1; d <= Simulator::kMaxHorizon; ++d) {
-      const auto routed = trace.experts(std::min(step + d, trace.num_steps() - 1));
-      for (size_t g = 0; g < routed.size(); ++g) {
-        const bool comes_true = guesses.expert_ids.empty() || draw() % 100 < kNeedPercent[g];
-        if (comes_true) guesses.expert_ids.push_back(routed[g]);
-        if (!comes_true) add_other(routed);
-        guesses.need_q16.push_back(static_cast<uint16_t>(kNeedPercent[g] * 65535 / 100));
-      }
-    }
-  }
-  return guesses;
 }
 
 std::unique_ptr<StepPredictor> MakePredictor(PredictorKind kind, const TraceView& trace) {
@@ -125,6 +95,7 @@ class RealRun {
 
  private:
   void RunLayer(int64_t step) {
+    if (predictor_ && trace_.LayerOf(step) == 0) PrefetchFirstLayers(step);
     WaitUntil(Clock::now() + kHalfLayerTime);
     const auto experts = trace_.experts(step);
     const std::vector<int64_t> routed(experts.begin(), experts.end());
@@ -138,11 +109,22 @@ class RealRun {
     }
   }
 
+  void PrefetchFirstLayers(int64_t step) {
+    const int32_t horizon = cache_->BeginToken(1);
+    std::vector<Prediction> predictions;
+    predictor_->PredictToken(step, horizon, predictions);
+    PostPredicted(predictions, horizon);
+  }
+
   void Prefetch(int64_t step) {
     const int32_t horizon = cache_->BeginPrefetch();
     horizon_sum_ += cache_->horizon();
     std::vector<Prediction> predictions;
     predictor_->Predict(step, horizon, predictions);
+    PostPredicted(predictions, horizon);
+  }
+
+  void PostPredicted(const std::vector<Prediction>& predictions, int32_t horizon) {
     std::vector<float> need(static_cast<size_t>(horizon * kNumExperts));
     for (const Prediction& p : predictions) {
       need[static_cast<size_t>((p.distance - 1) * kNumExperts + p.expert)] = p.need;
@@ -183,9 +165,8 @@ void Stall(benchmark::State& state, const Run& run) {
                   .num_experts = kNumExperts,
                   .expert_ids = routes.data(),
                   .predictions = {}};
-  const Guesses guesses = CalibratedGuesses(trace);
-  trace.predictions = {Simulator::kMaxHorizon, kTopK, guesses.expert_ids.data(),
-                       guesses.need_q16.data()};
+  const CalibratedGuesses guesses(trace, Simulator::kMaxHorizon);
+  trace.predictions = guesses.view();
   const SimulatorConfig config = Config(run);
   constexpr auto kTokens = static_cast<double>(kNumTokens - kWarmupTokens);
   const SimulationResult simulated = Simulator(trace, config).RunAll();

@@ -5,6 +5,8 @@ of the same work; at smaller sizes it should take at most the larger of that and
 what is routed to and not resident, at 0.9 of the link's bandwidth, measured in this run.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import time

@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_the_predictor(aligned_checkpoint, prefetch):
     assert statistics["horizon"] == model.expert_cache.horizon
     if prefetch == "auto":
         assert model.expert_cache.bandwidth_bytes_per_second > 0
-        assert 1 <= statistics["horizon"] <= 8
+        assert 0 <= statistics["horizon"] <= 8  # whether it pays depends on timing
     else:
         assert statistics["horizon"] == prefetch
         assert statistics["prefetch_bytes"] > 0

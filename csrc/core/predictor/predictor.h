@@ -77,7 +77,7 @@ class Predictor {
   struct Layer {
     int64_t pass = -1;
     int64_t predicted_pass = -1;
-    int32_t num_distances = 0;  // that it predicted then
+    int32_t num_distances = 0;      // that it predicted then
     std::vector<float> directions;  // [rows, hidden] of length 1, or 0 if not finite
     std::vector<float> lengths;     // [rows]
     std::vector<float> base;        // [distances, rows, experts], the pre-gates it computed

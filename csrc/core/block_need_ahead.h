@@ -22,12 +22,11 @@ EXPERTFLOW_DEVICE void SumNeedsAhead(Block& block, const BlockNeedState& state, 
   if (block.thread() == 0) num_inputs = 0;
   block.Sync();
   // As many threads for each expert as there are, in turns with the sources.
-  const int32_t num_groups = num_threads > model.width ? num_threads / model.width : 1;
-  const int32_t group = num_groups > 1 ? block.thread() / model.width : 0;
-  const int32_t first = num_groups > 1 ? block.thread() % model.width : block.thread();
-  const int32_t stride = num_groups > 1 ? model.width : num_threads;
+  const int32_t stride = num_threads < model.width ? num_threads : model.width;
+  const int32_t num_groups = num_threads / stride;
+  const int32_t group = block.thread() / stride;
   EXPERTFLOW_NO_UNROLL
-  for (int32_t e = first; e < model.width && group < num_groups; e += stride) {
+  for (int32_t e = block.thread() % stride; e < model.width && group < num_groups; e += stride) {
     WeightSum sum;
     EXPERTFLOW_NO_UNROLL
     for (int32_t s = group; s < NeedRules::kNumSources; s += num_groups) {

@@ -12,21 +12,22 @@ ShadowCache::ShadowCache(const SlotTableView& table, const Planner& planner,
       planner_(table_, config, &planner),
       transfers_(table_, planner_, config.expert_bytes, queue.chunk_bytes(),
                  queue.demand_chunk_bytes(), {.bytes_per_second = 1.0, .latency_ns = 0}),
+      decoder_(planner_, transfers_, /*copy_slowdown=*/0.0),
       prefetcher_(table_.view(), planner_, transfers_.queue(), config, Prefetcher::kUntried),
       post_prefetch_([this](SlotId slot, Tick needed_at) {
-        Post(slot, TransferClass::kPrefetch, needed_at);
+        transfers_.Post(slot, TransferClass::kPrefetch, needed_at, decoder_.now_ns());
       }) {
   predictions_.reserve(static_cast<size_t>(Prefetcher::kMaxHorizon) *
                        static_cast<size_t>(table.num_experts));
 }
 
 void ShadowCache::Restart() {
-  transfers_.CancelAll(now_ns_);
+  transfers_.CancelAll(decoder_.now_ns());
   table_.CopyAtRest(real_);
   prefetcher_.Restart();
   plan_ = nullptr;
   until_plan_us_.reset();
-  stall_ns_ = late_stall_ns_ = 0;
+  decoder_.ResetStalls();
   moved_bytes_ = transfers_.moved_bytes();
 }
 
@@ -35,14 +36,15 @@ double ShadowCache::BeginLayer(int32_t layer, Tick tick, std::span<const int64_t
   transfers_.set_link({.bytes_per_second = measured.bytes_per_second, .latency_ns = 0});
   compute_us_ = measured.compute_us;
   if (plan_ != nullptr) ComputeUntilPlan();
-  const double stall_us = static_cast<double>(stall_ns_) * 1e-3;
+  const double stall_us = static_cast<double>(decoder_.stall_ns()) * 1e-3;
   LayerObservation observed = measured;
   observed.stall_us = stall_us;
-  observed.late_stall_us = static_cast<double>(late_stall_ns_) * 1e-3;
+  observed.late_stall_us = static_cast<double>(decoder_.late_stall_ns()) * 1e-3;
   observed.moved_bytes = static_cast<double>(transfers_.moved_bytes() - moved_bytes_);
   moved_bytes_ = transfers_.moved_bytes();
-  stall_ns_ = late_stall_ns_ = 0;
-  PlanLayer(layer, tick, experts);
+  decoder_.ResetStalls();
+  plan_ = &decoder_.PlanLayer(layer, experts, tick);
+  decoder_.PostMisses(*plan_);
   if (prefetches_) {
     prefetcher_.RecordPlan(*plan_);
     prefetcher_.BeginLayer(observed);
@@ -53,7 +55,7 @@ double ShadowCache::BeginLayer(int32_t layer, Tick tick, std::span<const int64_t
 void ShadowCache::BeginToken(double compute_us) {
   ComputeExperts();
   until_plan_us_ = compute_us;
-  transfers_.AdvanceTo(now_ns_);
+  transfers_.AdvanceTo(decoder_.now_ns());
   if (prefetches_) prefetcher_.BeginToken(/*num_tokens=*/1, compute_us);
 }
 
@@ -62,44 +64,13 @@ void ShadowCache::ComputeUntilPlan() {
     ComputeExperts();
     until_plan_us_ = compute_us_ * (1.0 - experts_share_);
   }
-  now_ns_ += std::llround(*until_plan_us_ * 1e3);
+  decoder_.Compute(std::llround(*until_plan_us_ * 1e3));
   until_plan_us_.reset();
-  transfers_.AdvanceTo(now_ns_);
+  transfers_.AdvanceTo(decoder_.now_ns());
 }
 
 void ShadowCache::ComputeExperts() {
-  const int64_t experts_ns = std::llround(compute_us_ * experts_share_ * 1e3);
-  const auto num_rows = static_cast<int64_t>(plan_->rows.size());
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const PlanRow row = plan_->rows[static_cast<size_t>(r)];
-    const int64_t ready_ns = transfers_.WaitUntilReady(row.slot, now_ns_);
-    stall_ns_ += ready_ns - now_ns_;
-    if (row.state == RowState::kLoading) late_stall_ns_ += ready_ns - now_ns_;
-    now_ns_ = ready_ns + experts_ns * (r + 1) / num_rows - experts_ns * r / num_rows;
-    const int32_t next = planner_.Advance(static_cast<int32_t>(r));
-    if (next == kNoRow) continue;
-    Post(plan_->rows[static_cast<size_t>(next)].slot, TransferClass::kDemand, plan_->tick);
-  }
-}
-
-void ShadowCache::PlanLayer(int32_t layer, Tick tick, std::span<const int64_t> experts) {
-  plan_ = planner_.PlanLayer(layer, experts, /*num_tokens=*/1, tick);
-  if (plan_ == nullptr) {  // transfers hold every slot
-    const int64_t free_ns = transfers_.CancelAll(now_ns_);
-    stall_ns_ += free_ns - now_ns_;
-    now_ns_ = free_ns;
-    plan_ = planner_.PlanLayer(layer, experts, /*num_tokens=*/1, tick);
-  }
-  for (const PlanRow& row : plan_->rows) {
-    if (row.state == RowState::kLoading) transfers_.Promote(row.slot, plan_->tick);
-    if (row.state == RowState::kMiss && row.wave == 0) {
-      Post(row.slot, TransferClass::kDemand, plan_->tick);
-    }
-  }
-}
-
-void ShadowCache::Post(SlotId slot, TransferClass transfer_class, Tick needed_at) {
-  transfers_.Post(slot, transfer_class, needed_at, now_ns_);
+  decoder_.ComputeExperts(*plan_, std::llround(compute_us_ * experts_share_ * 1e3), [](SlotId) {});
 }
 
 void ShadowCache::Prefetch(std::span<const Prediction> predictions) {

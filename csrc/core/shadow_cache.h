@@ -8,6 +8,7 @@
 #include "core/plan.h"
 #include "core/planner.h"
 #include "core/prefetcher.h"
+#include "core/simulation/virtual_decoder.h"
 #include "core/simulation/virtual_transfers.h"
 #include "core/slot_table.h"
 #include "core/transfer_queue.h"
@@ -58,25 +59,21 @@ class ShadowCache {
  private:
   void ComputeUntilPlan();
   void ComputeExperts();
-  void PlanLayer(int32_t layer, Tick tick, std::span<const int64_t> experts);
-  void Post(SlotId slot, TransferClass transfer_class, Tick needed_at);
 
   SlotTableView real_;
   bool prefetches_;
   SlotTable table_;
   Planner planner_;
   VirtualTransfers transfers_;
+  VirtualDecoder decoder_;  // its stall is of the planned layer
   Prefetcher prefetcher_;
   Prefetcher::Post post_prefetch_;
   std::vector<Prediction> predictions_;
   double experts_share_ = 0.5;
   const Plan* plan_ = nullptr;
-  int64_t now_ns_ = 0;
   double compute_us_ = 0.0;  // of the layer measured last
   // From now until the next plan, once a token has begun.
   std::optional<double> until_plan_us_;
-  int64_t stall_ns_ = 0;  // of the planned layer, as the next two
-  int64_t late_stall_ns_ = 0;
   size_t moved_bytes_ = 0;  // until the plan
 };
 

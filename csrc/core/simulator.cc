@@ -4,7 +4,6 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "core/simulation/ids_predictor.h"
 
@@ -50,6 +49,7 @@ Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)
       planner_(table_, MakePlannerConfig(trace, config)),
       transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes,
                  config.demand_chunk_bytes, config.link),
+      decoder_(planner_, transfers_, config.copy_slowdown),
       prefetcher_(table_.view(), planner_, transfers_.queue(), MakePlannerConfig(trace, config)),
       predictor_(MakePredictor(config.predictor, trace)) {
   CheckTrace(trace);
@@ -77,7 +77,10 @@ SimulationResult Simulator::RunAll() {
 }
 
 SimulationResult Simulator::result() const {
-  SimulationResult result = counts_;
+  SimulationResult result;
+  result.stall_ns = decoder_.stall_ns();
+  result.late_stall_ns = decoder_.late_stall_ns();
+  result.horizon_sum = horizon_sum_;
   result.num_tokens = std::max<int64_t>(trace_.TokenOf(step_) - config_.warmup_tokens, 0);
   for (const LayerStatistics& layer : planner_.statistics()) result.counts += layer;
   result.prefetch_hits = prefetcher_.statistics().hits;
@@ -98,45 +101,35 @@ int64_t Simulator::ExpertNs() const {
 void Simulator::ResetCounts() {
   planner_.ResetStatistics();
   prefetcher_.ResetStatistics();
-  counts_ = {};
+  decoder_.ResetStalls();
+  horizon_sum_ = 0;
   observed_ = {};
 }
 
 void Simulator::RunLayer() {
-  Compute(config_.layer_time_ns - ExpertNs());
-  transfers_.AdvanceTo(now_ns_);
+  decoder_.Compute(config_.layer_time_ns - ExpertNs());
+  transfers_.AdvanceTo(decoder_.now_ns());
   std::ranges::copy(trace_.experts(step_), routed_.begin());
   const int32_t layer = trace_.LayerOf(step_);
   const Plan& plan = PlanLayer(layer);
-  PostMisses(plan);
+  decoder_.PostMisses(plan);
   if (predictor_) {
     predictor_->Learn(step_);
     Prefetch(plan);
   }
-  ComputeExperts(plan);
+  decoder_.ComputeExperts(plan, ExpertNs(), [this](SlotId slot) {
+    if (next_uses_) RankByNextUse(slot);
+  });
   ++step_;
 }
 
-void Simulator::Compute(int64_t work_ns) {
-  const int64_t end_ns = transfers_.EndOfCompute(now_ns_, work_ns, config_.copy_slowdown);
-  compute_ns_ += end_ns - now_ns_;
-  now_ns_ = end_ns;
-}
-
 const Plan& Simulator::PlanLayer(int32_t layer) {
-  const Tick tick = step_ + 1;
-  const Plan* plan = planner_.PlanLayer(layer, routed_, /*num_tokens=*/1, tick);
-  if (plan == nullptr) {  // transfers hold every slot
-    const int64_t free_ns = transfers_.CancelAll(now_ns_);
-    counts_.stall_ns += free_ns - now_ns_;
-    now_ns_ = free_ns;
-    plan = planner_.PlanLayer(layer, routed_, /*num_tokens=*/1, tick);
-  }
+  const Plan& plan = decoder_.PlanLayer(layer, routed_, step_ + 1);
   if (next_uses_) {
     next_uses_->Pass(step_);
-    for (const PlanRow& row : plan->rows) RankByNextUse(row.slot);
+    for (const PlanRow& row : plan.rows) RankByNextUse(row.slot);
   }
-  return *plan;
+  return plan;
 }
 
 // Belady: the planner's LRU evicts the smallest key, so a key that falls with the next use makes it
@@ -149,25 +142,17 @@ void Simulator::RankByNextUse(SlotId slot) {
   table.slot_key[Index(slot)] = next_step == NextUses::kNoMore ? 0 : trace_.num_steps() - next_step;
 }
 
-void Simulator::PostMisses(const Plan& plan) {
-  for (const PlanRow& row : plan.rows) {
-    if (row.state == RowState::kLoading) transfers_.Promote(row.slot, plan.tick);
-    if (row.state == RowState::kMiss && row.wave == 0) {
-      transfers_.Post(row.slot, TransferClass::kDemand, plan.tick, now_ns_);
-    }
-  }
-}
-
 LayerObservation Simulator::Observe() {
   const auto before = observed_;
-  observed_ = {counts_.stall_ns, counts_.late_stall_ns, {}};
+  observed_ = {decoder_.stall_ns(), decoder_.late_stall_ns(), {}};
   for (const LayerStatistics& layer : planner_.statistics()) observed_.counts += layer;
   const LayerStatistics& now = observed_.counts;
   const int64_t moved_bytes = now.demand_bytes + now.prefetch_bytes - before.counts.demand_bytes -
                               before.counts.prefetch_bytes;
   const auto to_us = [](int64_t ns) { return static_cast<double>(ns) * 1e-3; };
   // Between two plans, as the caches measure it. Before the second there is nothing to measure.
-  const int64_t compute_ns = std::exchange(compute_ns_, 0);
+  const int64_t compute_ns = decoder_.compute_ns();
+  decoder_.ResetComputed();
   return {.compute_us = to_us(step_ > 0 ? compute_ns : config_.layer_time_ns),
           .stall_us = to_us(observed_.stall_ns - before.stall_ns),
           .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
@@ -178,14 +163,14 @@ LayerObservation Simulator::Observe() {
 void Simulator::Prefetch(const Plan& plan) {
   prefetcher_.RecordPlan(plan);
   const int32_t horizon = prefetcher_.BeginLayer(Observe());
-  counts_.horizon_sum += prefetcher_.horizon();
+  horizon_sum_ += prefetcher_.horizon();
   predictions_.clear();
   predictor_->Predict(step_, horizon, predictions_);
   PostPredicted();
 }
 
 void Simulator::PrefetchFirstLayers() {
-  transfers_.AdvanceTo(now_ns_);
+  transfers_.AdvanceTo(decoder_.now_ns());
   const int64_t until_plan_ns = config_.layer_time_ns - ExpertNs();
   const int32_t horizon = prefetcher_.BeginToken(1, static_cast<double>(until_plan_ns) * 1e-3);
   predictions_.clear();
@@ -196,26 +181,8 @@ void Simulator::PrefetchFirstLayers() {
 void Simulator::PostPredicted() {
   prefetcher_.Prefetch(predictions_, [this](SlotId slot, Tick needed_at) {
     if (next_uses_) RankByNextUse(slot);
-    transfers_.Post(slot, TransferClass::kPrefetch, needed_at, now_ns_);
+    transfers_.Post(slot, TransferClass::kPrefetch, needed_at, decoder_.now_ns());
   });
-}
-
-void Simulator::ComputeExperts(const Plan& plan) {
-  const int64_t expert_ns = ExpertNs();
-  const auto num_rows = static_cast<int64_t>(plan.rows.size());
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const PlanRow row = plan.rows[static_cast<size_t>(r)];
-    const int64_t ready_ns = transfers_.WaitUntilReady(row.slot, now_ns_);
-    counts_.stall_ns += ready_ns - now_ns_;
-    if (row.state == RowState::kLoading) counts_.late_stall_ns += ready_ns - now_ns_;
-    now_ns_ = ready_ns;
-    Compute(expert_ns * (r + 1) / num_rows - expert_ns * r / num_rows);
-    const int32_t next = planner_.Advance(static_cast<int32_t>(r));
-    if (next == kNoRow) continue;
-    const SlotId slot = plan.rows[static_cast<size_t>(next)].slot;
-    if (next_uses_) RankByNextUse(slot);
-    transfers_.Post(slot, TransferClass::kDemand, plan.tick, now_ns_);
-  }
 }
 
 }  // namespace expertflow

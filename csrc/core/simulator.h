@@ -12,6 +12,7 @@
 #include "core/prefetcher.h"
 #include "core/simulation/next_uses.h"
 #include "core/simulation/step_predictor.h"
+#include "core/simulation/virtual_decoder.h"
 #include "core/simulation/virtual_transfers.h"
 #include "core/slot_table.h"
 #include "core/trace.h"
@@ -81,14 +82,11 @@ class Simulator {
  private:
   void RunLayer();
   const Plan& PlanLayer(int32_t layer);
-  void PostMisses(const Plan& plan);
   LayerObservation Observe();
   void PrefetchFirstLayers();
   void Prefetch(const Plan& plan);
   void PostPredicted();
   int64_t ExpertNs() const;
-  void Compute(int64_t work_ns);
-  void ComputeExperts(const Plan& plan);
   void RankByNextUse(SlotId slot);
   void ResetCounts();
 
@@ -97,15 +95,14 @@ class Simulator {
   SlotTable table_;
   Planner planner_;
   VirtualTransfers transfers_;
+  VirtualDecoder decoder_;
   Prefetcher prefetcher_;
   std::unique_ptr<StepPredictor> predictor_;
   std::optional<NextUses> next_uses_;
   std::vector<int64_t> routed_;  // [top_k]
   std::vector<Prediction> predictions_;
   int64_t step_ = 0;
-  int64_t now_ns_ = 0;
-  int64_t compute_ns_ = 0;  // since the last plan that was observed
-  SimulationResult counts_;
+  int64_t horizon_sum_ = 0;
   // Totals when the scheduler looked last.
   struct {
     int64_t stall_ns = 0;

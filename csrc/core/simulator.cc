@@ -103,7 +103,7 @@ void Simulator::ResetCounts() {
   prefetcher_.ResetStatistics();
   decoder_.ResetStalls();
   horizon_sum_ = 0;
-  observed_ = {};
+  observed_ = {.moved_bytes = transfers_.moved_bytes()};
 }
 
 void Simulator::RunLayer() {
@@ -144,11 +144,7 @@ void Simulator::RankByNextUse(SlotId slot) {
 
 LayerObservation Simulator::Observe() {
   const auto before = observed_;
-  observed_ = {decoder_.stall_ns(), decoder_.late_stall_ns(), {}};
-  for (const LayerStatistics& layer : planner_.statistics()) observed_.counts += layer;
-  const LayerStatistics& now = observed_.counts;
-  const int64_t moved_bytes = now.demand_bytes + now.prefetch_bytes - before.counts.demand_bytes -
-                              before.counts.prefetch_bytes;
+  observed_ = {decoder_.stall_ns(), decoder_.late_stall_ns(), transfers_.moved_bytes()};
   const auto to_us = [](int64_t ns) { return static_cast<double>(ns) * 1e-3; };
   // Between two plans, as the caches measure it. Before the second there is nothing to measure.
   const int64_t compute_ns = decoder_.compute_ns();
@@ -156,7 +152,7 @@ LayerObservation Simulator::Observe() {
   return {.compute_us = to_us(step_ > 0 ? compute_ns : config_.layer_time_ns),
           .stall_us = to_us(observed_.stall_ns - before.stall_ns),
           .late_stall_us = to_us(observed_.late_stall_ns - before.late_stall_ns),
-          .moved_bytes = static_cast<double>(moved_bytes),
+          .moved_bytes = static_cast<double>(observed_.moved_bytes - before.moved_bytes),
           .bytes_per_second = transfers_.measured_bytes_per_second()};
 }
 

@@ -107,7 +107,7 @@ class Simulator {
   struct {
     int64_t stall_ns = 0;
     int64_t late_stall_ns = 0;
-    LayerStatistics counts;
+    size_t moved_bytes = 0;
   } observed_;
 };
 

@@ -249,7 +249,8 @@ class ExpertCache:
         """Return how many of the first layers to foresee for a pass over that many rows.
 
         To be called once their embeddings are known; `prefetch_predicted` then takes layer 0 as the
-        first one ahead. 0: nothing is to be prefetched now, as for `begin_prefetch`.
+        first one ahead. May be more than `horizon`, and 0: nothing is to be foreseen now, as for
+        `begin_prefetch`.
         """
         with self.lock:
             return self._core.begin_token(num_tokens)

@@ -100,8 +100,7 @@ PredictorLaunch PreparePredictor(DType router_dtype) {
 void LaunchPredict(PredictParams params, const PredictorLaunch& launch, bool may_start_early,
                    cudaStream_t stream) {
   params.split = SplitPrediction(params.view, launch.router_dtype);
-  const int32_t num_own = params.layer < 0 ? 0 : params.split.NumParts(0);
-  const int32_t num_parts = num_own + params.num_distances * params.split.NumParts(1);
+  const int32_t num_parts = params.NumOwnParts() + params.num_distances * params.split.NumParts(1);
   const int32_t blocks_per_part =
       std::clamp(launch.num_predict_blocks / (num_parts + 1), 1, NumGroups(params.view));
   const dim3 blocks(static_cast<unsigned>(blocks_per_part), static_cast<unsigned>(num_parts) + 1);

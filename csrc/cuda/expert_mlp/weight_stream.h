@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/async_copy.h"
 #include "cuda/expert_mlp/params.h"
 #include "cuda/grid_dependency.h"
 
@@ -52,7 +53,7 @@ class WeightStream {
 
   // The next step's weights; what the layout says is not there has no defined value.
   __device__ WeightPair Take() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+    AwaitCopies<kDepth - 1>();
     const uint4* slot = ring_ + slot_ * kSlotChunks;
     const WeightPair weights{slot[0], slot[kThreads]};
     StartStep();
@@ -91,7 +92,7 @@ class WeightStream {
       }
       NextStep();
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    CommitCopies();
     slot_ = slot_ + 1 == kDepth ? 0 : slot_ + 1;
   }
 

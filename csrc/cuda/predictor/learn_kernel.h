@@ -3,7 +3,6 @@
 #include "core/predictor/feature_scales.h"
 #include "cuda/predictor/block_sum.h"
 #include "cuda/predictor/row_part.h"
-#include "cuda/predictor/summary.h"
 
 // The update of one target layer. No block reads what another one writes: what all need of this
 // pass was kept by its predictions. Block i < num_pairs takes the scalars of pair i, the next one

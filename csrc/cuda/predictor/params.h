@@ -81,6 +81,11 @@ struct View {
   int32_t* prefetch_counts;  // [max_distance]
 };
 
+// Of experts, one for each warp of a block.
+EXPERTFLOW_HD inline int32_t NumGroups(const View& view) {
+  return (view.rule.num_experts + kWarps - 1) / kWarps;
+}
+
 // Into how many parts rows are cut, each of at most so many chunks of 16 bytes.
 struct RowSplit {
   int32_t num_parts;
@@ -115,6 +120,9 @@ struct PredictParams {
   float* host_need;               // [max_distance, E] mapped, or nullptr
   volatile uint64_t* host_words;  // [max_distance]
   uint64_t sequence;
+
+  // Of the layer's own routing, which the begin of a token has not.
+  EXPERTFLOW_HD int32_t NumOwnParts() const { return layer < 0 ? 0 : split.NumParts(0); }
 };
 
 struct LearnParams {

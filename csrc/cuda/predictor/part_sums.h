@@ -1,7 +1,7 @@
 #pragma once
 
+#include "cuda/async_copy.h"
 #include "cuda/expert_mlp/elements.h"
-#include "cuda/predictor/async_copy.h"
 #include "cuda/predictor/block_sum.h"
 #include "cuda/predictor/row_part.h"
 

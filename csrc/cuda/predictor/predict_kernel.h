@@ -30,7 +30,7 @@ struct PredictWork {
 
   __device__ explicit PredictWork(const PredictParams& params)
       : distance(0), part(static_cast<int>(blockIdx.y) - 1) {
-    const int num_own = params.layer < 0 ? 0 : params.split.NumParts(0);
+    const int num_own = params.NumOwnParts();
     if (part >= num_own) {
       const int num_parts = params.split.NumParts(1);
       distance = 1 + (part - num_own) / num_parts;

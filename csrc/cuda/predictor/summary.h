@@ -7,10 +7,6 @@
 
 namespace expertflow::predictor {
 
-__host__ __device__ inline int NumGroups(const View& view) {
-  return (view.rule.num_experts + kWarps - 1) / kWarps;
-}
-
 // The first of the experts' sums over a part.
 __device__ inline float* PartialOf(const PredictParams& params, int distance, int part) {
   return params.view.partial + static_cast<size_t>(distance * params.view.max_parts + part) *

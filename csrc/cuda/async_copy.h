@@ -6,7 +6,7 @@
 // do: ptxas gives all loads that a loop has under way the same scoreboard, so that waiting for the
 // oldest one is waiting for all.
 
-namespace expertflow::predictor {
+namespace expertflow {
 
 // Starts to copy, or to clear.
 __device__ inline void CopyAsync(uint4& to, const uint4* from, bool is_there) {
@@ -25,4 +25,4 @@ __device__ void AwaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
 }
 
-}  // namespace expertflow::predictor
+}  // namespace expertflow

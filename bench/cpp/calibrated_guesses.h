@@ -6,9 +6,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/prefetch_scheduler.h"
 #include "core/trace.h"
 
 namespace expertflow {
+
+// [horizon, num_experts] as a cache takes what `predictions` say, none of them farther ahead.
+inline std::vector<float> NeedOf(const std::vector<Prediction>& predictions, int32_t horizon,
+                                 int32_t num_experts) {
+  std::vector<float> need(static_cast<size_t>(horizon * num_experts));
+  for (const Prediction& p : predictions) {
+    need[static_cast<size_t>((p.distance - 1) * num_experts + p.expert)] = p.need;
+  }
+  return need;
+}
 
 // Two candidates for each step ahead: at every step for those behind it, and at the begin of every
 // token for its first ones.

@@ -125,11 +125,7 @@ class RealRun {
   }
 
   void PostPredicted(const std::vector<Prediction>& predictions, int32_t horizon) {
-    std::vector<float> need(static_cast<size_t>(horizon * kNumExperts));
-    for (const Prediction& p : predictions) {
-      need[static_cast<size_t>((p.distance - 1) * kNumExperts + p.expert)] = p.need;
-    }
-    cache_->PrefetchPredicted(need);
+    cache_->PrefetchPredicted(NeedOf(predictions, horizon, kNumExperts));
   }
 
   TraceView trace_;

@@ -105,11 +105,7 @@ class VirtualCache {
   }
 
   void PostPredicted(int32_t horizon) {
-    std::vector<float> need(static_cast<size_t>(horizon * kExperts));
-    for (const Prediction& p : predictions_) {
-      need[static_cast<size_t>((p.distance - 1) * kExperts + p.expert)] = p.need;
-    }
-    control_.PrefetchPredicted(need);
+    control_.PrefetchPredicted(NeedOf(predictions_, horizon, kExperts));
     StartCopies();
   }
 

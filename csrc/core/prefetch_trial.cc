@@ -6,16 +6,21 @@ namespace expertflow {
 namespace {
 
 // A token has 12 to 60 layers.
-constexpr int32_t kBlockLayers = 8;
+constexpr int32_t kFewestBlockLayers = 8;
 constexpr double kErrorsToBegin = 4.0;
 constexpr double kErrorsToGoOn = 1.0;
-constexpr int32_t kBlocksOfTrial = 512;  // while prefetching is off
-constexpr int32_t kBlocksOfCheck = 128;  // while it is on
+constexpr int32_t kLayersOfTrial = 4096;  // while prefetching is off
+constexpr int32_t kLayersOfCheck = 1024;  // while it is on
 constexpr int64_t kLongestRestWhileOn = 8192;
 constexpr int64_t kLongestRestWhileOff = 65536;
 constexpr double kFitRate = 0.5;
 
 }  // namespace
+
+bool PrefetchTrial::Block::is_complete() const {
+  const bool has_stalled = plain_us > 0.0 || prefetching_us > 0.0 || measured_us > 0.0;
+  return num_layers >= kFewestBlockLayers && has_stalled;
+}
 
 PrefetchTrial::PrefetchTrial(const SlotTableView& table, const Planner& planner,
                              const TransferQueue& queue, const PlannerConfig& config)
@@ -32,7 +37,10 @@ void PrefetchTrial::BeginLayer(int32_t layer, Tick tick, std::span<const int64_t
   block_.prefetching_us += prefetching_.BeginLayer(layer, tick, experts, measured);
   block_.measured_us += measured.stall_us;
   block_.compute_us += measured.compute_us;
-  if (++block_.num_layers == kBlockLayers) EndBlock();
+  ++block_.num_layers;
+  ++num_layers_;
+  if (block_.is_complete()) EndBlock();
+  RestIfClear();
 }
 
 int32_t PrefetchTrial::BeginToken(double compute_us) {
@@ -53,8 +61,8 @@ void PrefetchTrial::EndBlock() {
   if (!pays_) FitExpertsShare();
   evidence_.Record(block_.plain_us - block_.prefetching_us);
   block_ = {};
-  ++num_blocks_;
-  if (evidence_.has_enough()) Judge();
+  if (!evidence_.has_enough()) return;
+  if (evidence_.IsAbove(pays_ ? kErrorsToGoOn : kErrorsToBegin) != pays_) SetPays(!pays_);
 }
 
 void PrefetchTrial::FitExpertsShare() {
@@ -68,32 +76,21 @@ void PrefetchTrial::FitExpertsShare() {
   prefetching_.set_experts_share(experts_share_);
 }
 
-void PrefetchTrial::Judge() {
-  if (!pays_) {
-    if (evidence_.IsAbove(kErrorsToBegin)) return SetPays(true);
-    if (num_blocks_ < kBlocksOfTrial) return;
-    evidence_ = {};
-    return Rest(kLongestRestWhileOff);
-  }
-  if (!evidence_.IsAbove(kErrorsToGoOn)) {
-    evidence_ = {};
-    return SetPays(false);
-  }
-  if (num_blocks_ >= kBlocksOfCheck && evidence_.IsAbove(kErrorsToBegin)) {
-    Rest(kLongestRestWhileOn);
-  }
-}
-
 void PrefetchTrial::SetPays(bool pays) {
   pays_ = pays;
-  num_blocks_ = 0;
+  num_layers_ = 0;
+  if (!pays) evidence_ = {};
   rest_.Shorten();
 }
 
-void PrefetchTrial::Rest(int64_t longest_layers) {
+void PrefetchTrial::RestIfClear() {
+  if (num_layers_ < (pays_ ? kLayersOfCheck : kLayersOfTrial)) return;
+  const bool is_clear =
+      pays_ ? evidence_.IsAbove(kErrorsToBegin) : !evidence_.IsAbove(kErrorsToGoOn);
+  if (!is_clear) return;
   is_following_ = false;
-  num_blocks_ = 0;
-  rest_.Begin(longest_layers);
+  num_layers_ = 0;
+  rest_.Begin(pays_ ? kLongestRestWhileOn : kLongestRestWhileOff);
 }
 
 void PrefetchTrial::Prefetch(std::span<const Prediction> predictions) {

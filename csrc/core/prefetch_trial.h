@@ -16,8 +16,9 @@ namespace expertflow {
 // stalled less by more than chance explains, and ends once it has not for a while. Where it does
 // not pay, the cache does as if there were no predictor.
 //
-// Where it is clear either way, both rest, for longer each time; while they do, nothing need be
-// predicted for them.
+// They are compared over blocks of layers in which something stalled: where stalls are rare, blocks
+// are long. Where it is clear either way, both rest, for longer each time; while they do, nothing
+// need be predicted for them.
 //
 // How much of a layer's compute time is its experts', which can go on while others arrive, is not
 // measured. While the cache does not prefetch, it is what makes the shadow without prefetching
@@ -55,21 +56,22 @@ class PrefetchTrial {
     double plain_us = 0.0;        // stall of the shadow without prefetching
     double prefetching_us = 0.0;  // of the other
     double measured_us = 0.0;     // of the cache
+
+    bool is_complete() const;
   };
 
   void Follow();
   void EndBlock();
   void FitExpertsShare();
-  void Judge();
   void SetPays(bool pays);
-  void Rest(int64_t longest_layers);
+  void RestIfClear();
 
   ShadowCache plain_;
   ShadowCache prefetching_;
   bool is_following_ = false;
   bool pays_ = false;
   Block block_;
-  int32_t num_blocks_ = 0;  // since a rest or a change of mind
+  int32_t num_layers_ = 0;  // since a rest or a change of mind
   double experts_share_ = 0.5;
   SavingsEvidence evidence_;
   TrialRest rest_;

@@ -72,7 +72,8 @@ TEST(IdsPredictorTest, RecognisesTokensThatFrequencyCannotTellApart) {
   std::vector<std::vector<int32_t>> uses(6, std::vector<int32_t>(16));
   for (int64_t step = 0; step < trace.view().num_steps(); ++step) {
     auto& layer = uses[static_cast<size_t>(trace.view().LayerOf(step))];
-    for (const uint16_t expert : trace.view().experts(step)) ++layer[expert];
+    const auto experts = trace.view().experts(step);  // in the loop, newer compilers warn of it
+    for (const uint16_t expert : experts) ++layer[expert];
   }
   int64_t num_found = 0, num_most_used = 0, num_needed = 0;
   ForEachForeseen(trace, 6 * 500, [&](int64_t step, const std::vector<Prediction>& predictions) {

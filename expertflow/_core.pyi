@@ -195,6 +195,7 @@ def simulate(
     demand_chunk_bytes: int,
     layer_time_ns: int,
     expert_share: float,
+    miss_time_ns: int,
     copy_slowdown: float,
     warmup_tokens: int,
 ) -> dict[str, int]: ...

@@ -37,6 +37,7 @@ class Machine:
     expert_share: float = 0.5
     chunk_bytes: int = 2 << 20
     demand_chunk_bytes: int = 0  # of an expert that is needed now; 0: as the others
+    miss_us: float = 0.0  # computing takes longer by that for each expert that is not resident
     copy_slowdown: float = 0.0  # computing takes longer by that share while copies are under way
 
 
@@ -142,6 +143,7 @@ class Simulation:
             demand_chunk_bytes=machine.demand_chunk_bytes,
             layer_time_ns=round(machine.layer_time_us * 1000),
             expert_share=machine.expert_share,
+            miss_time_ns=round(machine.miss_us * 1000),
             copy_slowdown=machine.copy_slowdown,
             warmup_tokens=self._warmup_tokens,
         )

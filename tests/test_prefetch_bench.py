@@ -175,11 +175,11 @@ class TimedLoad:
         return end - begin
 
     def plan(self, cache, token, layer):
-        self.now_us += 60 if token != 3 else 10_000  # held up, which the medians do not see
-        is_missing = layer == 1 and token % 2 == 1
+        self.now_us += 60 if token != 4 else 10_000  # held up, which the medians do not see
+        is_missing = layer == 1 and token in (3, 5)
         if is_missing:
             self.cache.stall_us += 300
-        self.now_us += 300 if is_missing else 0
+        self.now_us += 310 if is_missing else 0
         return torch.tensor([[0, 0, ops.MISS if is_missing else ops.HIT, 0, -1, 1]])
 
     def compute(self, cache, layer):
@@ -190,7 +190,10 @@ class StalledCache(SeenCache):
     stall_us = 0.0
 
     def statistics(self):
-        return {"stall_us": self.stall_us}
+        return {
+            "stall_us": self.stall_us,
+            "layers": [{"stall_us": us} for us in (0, self.stall_us)],
+        }
 
     def reset_statistics(self):
         self.stall_us = 0.0
@@ -199,11 +202,12 @@ class StalledCache(SeenCache):
 def test_a_run_tells_a_layers_time_without_stalls_and_pauses(bench):
     cache = StalledCache()
     prefetcher = bench.methods.Prefetcher(cache, bench.methods.NO_PREFETCH, {})
-    run = bench.run.run(TimedLoad(cache), cache, prefetcher, warmup=2, tokens=5)
+    run = bench.run.run(TimedLoad(cache), cache, prefetcher, warmup=2, tokens=7)
     assert run.layer_us == 100
     assert run.planned_us == 40
+    assert run.miss_us == 10
     assert run.counts["stall_us"] == 2 * 300  # of tokens 3 and 5
-    assert run.tokens == 5
+    assert run.tokens == 7
 
 
 def test_the_simulated_machine_is_the_measured_one_less_what_copies_slow_down(bench):
@@ -211,15 +215,23 @@ def test_the_simulated_machine_is_the_measured_one_less_what_copies_slow_down(be
     # 2000 us were stalls: half of the computing was beside copies, which make it a fifth longer.
     load = SimpleNamespace(expert_bytes=10_000_000, demand_chunk_bytes=24 << 20)
     counts = {"stall_us": 2000.0, "demand_bytes": 20_000_000, "prefetch_bytes": 10_000_000}
-    run = bench.run.Run(10, 0.0, 100.0, 30.0, counts, 0.0)
-    costs = bench.costs.Costs(LinkProfile(10.0, 0.0), 0.2, 45.0, {})
+    counts |= {"misses": 0, "late_hits": 0}
+    run = bench.run.Run(10, 0.0, 100.0, 30.0, None, counts, 0.0)
+    costs = bench.costs.Costs(LinkProfile(10.0, 0.0), 0.2, 45.0, 8.0, {})
     machine = costs.machine(run, load, num_slots=7, num_layers=2)
     assert machine.layer_time_us == pytest.approx(100 * (1 - 0.5 / 6))
     assert machine.expert_share == pytest.approx(0.3)
     assert (machine.expert_cache, machine.copy_slowdown) == (70_000_000, 0.2)
-    nothing_hit = bench.run.Run(10, 0.0, 100.0, None, counts, 0.0)
+    assert machine.miss_us == 8
+    all_miss = bench.run.Run(
+        10, 0.0, 100.0, 30.0, None, counts | {"misses": 30, "late_hits": 10}, 0.0
+    )
+    assert costs.machine(all_miss, load, 7, 2).layer_time_us == pytest.approx(
+        (100 - 2 * 8) * (1 - 0.5 / 6)
+    )
+    nothing_hit = bench.run.Run(10, 0.0, 100.0, None, None, counts, 0.0)
     assert costs.machine(nothing_hit, load, 7, 2).expert_share == pytest.approx(0.45)
-    slow = bench.costs.Costs(LinkProfile(10.0, 250.0), 0.2, 45.0, {})
+    slow = bench.costs.Costs(LinkProfile(10.0, 250.0), 0.2, 45.0, 8.0, {})
     copies = 2 + 2  # of 5 MiB and the rest
     share = 0.5 + copies * 250 / 2000
     assert slow.machine(run, load, 7, 2).layer_time_us == pytest.approx(100 * (1 - share / 6))

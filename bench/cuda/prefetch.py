@@ -19,9 +19,10 @@ long enough for that. At 75 % cached few experts are missed, so more tokens are 
   has what a miss costs beside waiting, such as a launch for each expert
 - simulated: the same trace, slots, policy, chunks and warm-up. Bandwidth and latency of the link
   are those of raw copies. A layer takes what the median token of the measured run took without its
-  stalls, less what copies slowed it down, measured with resident experts. What of it comes after
-  the plan, where the host's launch counts, too, is what the run's layers without a miss took. All
-  measured in this run
+  stalls, less what copies slowed it down, measured with resident experts, and less what misses
+  cost beside stalls (to post and launch each alone), measured with half of the experts resident.
+  What of it comes after the plan, where the host's launch counts, too, is what the run's layers
+  without a miss took. All measured in this run
 - perfect: knows what the rest of the token needs; clairvoyant, which is the simulator's oracle:
   what the next token needs, too
 
@@ -118,7 +119,8 @@ def print_costs(load: Load, trace: Trace, costs: Costs) -> None:
         f"{load.expert_bytes / 1e6:.1f} MB, top-{trace.top_k}; us and bytes are per token\n"
         f"link {link.bandwidth_gbps:.1f} GB/s + {link.latency_us:.1f} us a copy, and layers "
         f"{costs.copy_slowdown:.1%} longer beside copies; {costs.planned_us:.1f} us from a plan "
-        f"until its experts are computed, if it misses none\nall resident: {resident}\n{HEAD}"
+        f"until its experts are computed, if it misses none, and {costs.miss_us:.1f} us longer for "
+        f"each that it misses, beside stalls\nall resident: {resident}\n{HEAD}"
     )
 
 

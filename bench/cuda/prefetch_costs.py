@@ -26,6 +26,7 @@ class Costs:
     link: LinkProfile
     copy_slowdown: float  # of a layer while copies are under way, as a share
     planned_us: float  # as of a Run, with all experts resident
+    miss_us: float  # as of a Run, with half of them resident
     resident_us: dict[str, float]  # a token with all experts resident, by what the method calls
 
     def machine(self, seen: Run, load: Load, num_slots: int, num_layers: int) -> Machine:
@@ -33,14 +34,17 @@ class Costs:
         planned_us = self.planned_us if seen.planned_us is None else seen.planned_us
         beside_copies = self._share_beside_copies(seen, load, num_layers)
         slowdown = self.copy_slowdown
+        missing = (seen.counts["misses"] + seen.counts["late_hits"]) / seen.tokens / num_layers
+        layer_us = seen.layer_us - missing * self.miss_us
         return Machine(
             expert_cache=num_slots * load.expert_bytes,
             expert_bytes=load.expert_bytes,
             link=self.link,
-            layer_time_us=seen.layer_us * (1 - beside_copies * slowdown / (1 + slowdown)),
-            expert_share=min(planned_us / seen.layer_us, 1.0),
+            layer_time_us=layer_us * (1 - beside_copies * slowdown / (1 + slowdown)),
+            expert_share=min(planned_us / layer_us, 1.0),
             chunk_bytes=CHUNK_BYTES,
             demand_chunk_bytes=load.demand_chunk_bytes,
+            miss_us=self.miss_us,
             copy_slowdown=self.copy_slowdown,
         )
 
@@ -61,10 +65,11 @@ class Costs:
 
 
 def measure_costs(load: Load, trace: Trace, foreseen: dict[str, Foreseen], tokens: int) -> Costs:
-    """Run with all experts resident, so that nothing stalls."""
+    """Run with all experts resident, so that nothing stalls, and for the misses with half."""
+    num_experts = trace.num_layers * trace.num_experts
 
     def resident_cache() -> ExpertCache:
-        return load.cache(trace.num_layers * trace.num_experts, OURS)
+        return load.cache(num_experts, OURS)
 
     runs = {}
     for method in {method.calls: method for method in METHODS}.values():
@@ -73,11 +78,14 @@ def measure_costs(load: Load, trace: Trace, foreseen: dict[str, Foreseen], token
         run(load, cache, prefetcher, 0, tokens)  # until all that they route to is resident
         runs[method.calls] = run(load, cache, prefetcher, 0, tokens)
     planned_us = runs[NO_PREFETCH.calls].planned_us
+    half = load.cache(num_experts // 2, OURS)
+    misses = run(load, half, Prefetcher(half, NO_PREFETCH, {}), 0, tokens)
     assert planned_us is not None
     return Costs(
         link=load.link(),
         copy_slowdown=measure_copy_slowdown(load, resident_cache()),
         planned_us=planned_us,
+        miss_us=max(misses.miss_us or 0.0, 0.0),
         resident_us={calls: one.token_us for calls, one in runs.items()},
     )
 

@@ -12,7 +12,7 @@ ShadowCache::ShadowCache(const SlotTableView& table, const Planner& planner,
       planner_(table_, config, &planner),
       transfers_(table_, planner_, config.expert_bytes, queue.chunk_bytes(),
                  queue.demand_chunk_bytes(), {.bytes_per_second = 1.0, .latency_ns = 0}),
-      decoder_(planner_, transfers_, /*copy_slowdown=*/0.0),
+      decoder_(planner_, transfers_, /*costs=*/{}),
       prefetcher_(table_.view(), planner_, transfers_.queue(), config, Prefetcher::kUntried),
       post_prefetch_([this](SlotId slot, Tick needed_at) {
         transfers_.Post(slot, TransferClass::kPrefetch, needed_at, decoder_.now_ns());

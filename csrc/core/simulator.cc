@@ -49,13 +49,18 @@ Simulator::Simulator(const TraceView& trace, const SimulatorConfig& config)
       planner_(table_, MakePlannerConfig(trace, config)),
       transfers_(table_, planner_, config.expert_bytes, config.chunk_bytes,
                  config.demand_chunk_bytes, config.link),
-      decoder_(planner_, transfers_, config.copy_slowdown),
+      decoder_(planner_, transfers_,
+               {.copy_slowdown = config.copy_slowdown, .miss_ns = config.miss_time_ns}),
       prefetcher_(table_.view(), planner_, transfers_.queue(), MakePlannerConfig(trace, config)),
       predictor_(MakePredictor(config.predictor, trace)) {
   CheckTrace(trace);
   if (config.layer_time_ns < 0 || !(config.expert_share >= 0.0 && config.expert_share <= 1.0)) {
     throw std::invalid_argument(
         "a layer's time must not be negative, and the experts' share of it must be in [0, 1]");
+  }
+  if (config.miss_time_ns < 0) {
+    throw std::invalid_argument("a miss cannot save compute time: miss_time_ns is " +
+                                std::to_string(config.miss_time_ns));
   }
   if (!(config.copy_slowdown >= 0.0 && std::isfinite(config.copy_slowdown))) {
     throw std::invalid_argument("copies cannot slow computation down by a share of " +

@@ -39,6 +39,7 @@ struct SimulatorConfig {
   size_t demand_chunk_bytes = 0;  // as for TransferQueue
   int64_t layer_time_ns = 0;      // compute of one layer
   double expert_share = 0.5;      // of the layer time: the routed experts, after the router
+  int64_t miss_time_ns = 0;       // compute of each expert that is not there at its layer's plan
   double copy_slowdown = 0.0;     // of computation while copies are under way, as a share of it
   int64_t warmup_tokens = 0;      // left out of the results
 };
@@ -57,7 +58,8 @@ struct SimulationResult {
 //
 // Each layer computes for (1 - expert_share) of its time, then routes, plans and prefetches, and
 // then computes its experts one after the other, resident ones first, waiting for those that are
-// not there yet: that wait is the stall. Copies under way slow computation down by `copy_slowdown`.
+// not there yet: that wait is the stall. Each of the latter takes `miss_time_ns` before that, to
+// launch it alone, say. Copies under way slow computation down by `copy_slowdown`.
 // Deterministic.
 class Simulator {
  public:

@@ -79,8 +79,8 @@ py::dict Simulate(const IdArray& expert_ids, int32_t num_experts,
                   const std::string& predictor, int32_t horizon, int32_t num_slots,
                   size_t expert_bytes, const std::string& scope, double bytes_per_second,
                   int64_t latency_ns, size_t chunk_bytes, size_t demand_chunk_bytes,
-                  int64_t layer_time_ns, double expert_share, double copy_slowdown,
-                  int64_t warmup_tokens) {
+                  int64_t layer_time_ns, double expert_share, int64_t miss_time_ns,
+                  double copy_slowdown, int64_t warmup_tokens) {
   const TraceView trace = ViewOf(expert_ids, num_experts, predicted_ids, predicted_need_q16,
                                  first_predicted_ids, first_predicted_need_q16);
   const bool belady = policy == "belady";
@@ -96,6 +96,7 @@ py::dict Simulate(const IdArray& expert_ids, int32_t num_experts,
                               .demand_chunk_bytes = demand_chunk_bytes,
                               .layer_time_ns = layer_time_ns,
                               .expert_share = expert_share,
+                              .miss_time_ns = miss_time_ns,
                               .copy_slowdown = copy_slowdown,
                               .warmup_tokens = warmup_tokens});
   while (!simulator.is_done()) {
@@ -121,7 +122,7 @@ void DefineSimulator(py::module_& m) {
         py::arg("horizon"), py::arg("num_slots"), py::arg("expert_bytes"), py::arg("scope"),
         py::arg("bytes_per_second"), py::arg("latency_ns"), py::arg("chunk_bytes"),
         py::arg("demand_chunk_bytes"), py::arg("layer_time_ns"), py::arg("expert_share"),
-        py::arg("copy_slowdown"), py::arg("warmup_tokens"));
+        py::arg("miss_time_ns"), py::arg("copy_slowdown"), py::arg("warmup_tokens"));
 }
 
 }  // namespace expertflow

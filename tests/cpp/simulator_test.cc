@@ -79,6 +79,15 @@ TEST(SimulatorTest, CopiesUnderWaySlowComputationDown) {
   EXPECT_EQ(Simulate(TinyTrace(), config).stall_ns, 3 * 1044) << "it slows nothing that waits";
 }
 
+TEST(SimulatorTest, WhatAMissTakesBeforeItIsAwaitedHidesPartOfIt) {
+  SimulatorConfig config = TinyConfig(2, 1000);
+  config.miss_time_ns = 30;
+  EXPECT_EQ(Simulate(TinyTrace(), config).stall_ns, 3 * (1044 - 30));
+  config.predictor = PredictorKind::kOracle;
+  config.horizon = 1;
+  EXPECT_EQ(Simulate(TinyTrace(), config).stall_ns, 1014 + 14 + 14) << "late by 44 ns without it";
+}
+
 TEST(SimulatorTest, PrefetchInTimeIsAPrefetchHit) {
   SimulatorConfig config = TinyConfig(2, 1200);
   config.predictor = PredictorKind::kOracle;
@@ -203,6 +212,9 @@ TEST(SimulatorTest, RefusesWhatDoesNotFit) {
   config = TinyConfig(2, -1);
   EXPECT_THROW(Simulate(trace, config), std::invalid_argument);
   config = TinyConfig(2, 1000);
+  config.miss_time_ns = -1;
+  EXPECT_THROW(Simulate(trace, config), std::invalid_argument);
+  config.miss_time_ns = 0;
   config.copy_slowdown = -0.1;
   EXPECT_THROW(Simulate(trace, config), std::invalid_argument);
   config = TinyConfig(2, 1000);

@@ -2,11 +2,11 @@
 
 namespace expertflow {
 
-VirtualDecoder::VirtualDecoder(Planner& planner, VirtualTransfers& transfers, double copy_slowdown)
-    : planner_(planner), transfers_(transfers), copy_slowdown_(copy_slowdown) {}
+VirtualDecoder::VirtualDecoder(Planner& planner, VirtualTransfers& transfers, const Costs& costs)
+    : planner_(planner), transfers_(transfers), costs_(costs) {}
 
 void VirtualDecoder::Compute(int64_t work_ns) {
-  const int64_t end_ns = transfers_.EndOfCompute(now_ns_, work_ns, copy_slowdown_);
+  const int64_t end_ns = transfers_.EndOfCompute(now_ns_, work_ns, costs_.copy_slowdown);
   compute_ns_ += end_ns - now_ns_;
   now_ns_ = end_ns;
 }

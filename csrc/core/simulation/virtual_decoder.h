@@ -15,8 +15,14 @@ namespace expertflow {
 // for those that are not there yet. Times are nanoseconds since the start.
 class VirtualDecoder {
  public:
-  // Keeps the references. Copies under way slow computation down by `copy_slowdown`.
-  VirtualDecoder(Planner& planner, VirtualTransfers& transfers, double copy_slowdown);
+  // What computation costs beside its own time.
+  struct Costs {
+    double copy_slowdown = 0.0;  // while copies are under way, as a share
+    int64_t miss_ns = 0;         // for each expert that is not there when its layer is planned
+  };
+
+  // Keeps the references.
+  VirtualDecoder(Planner& planner, VirtualTransfers& transfers, const Costs& costs);
 
   void Compute(int64_t work_ns);
 
@@ -28,7 +34,9 @@ class VirtualDecoder {
   void ComputeExperts(const Plan& plan, int64_t experts_ns, const Taken& taken) {
     const auto num_rows = static_cast<int64_t>(plan.rows.size());
     for (int64_t r = 0; r < num_rows; ++r) {
-      AwaitRow(plan.rows[static_cast<size_t>(r)]);
+      const PlanRow& row = plan.rows[static_cast<size_t>(r)];
+      if (row.state != RowState::kHit) Compute(costs_.miss_ns);
+      AwaitRow(row);
       Compute(experts_ns * (r + 1) / num_rows - experts_ns * r / num_rows);
       const int32_t next = planner_.Advance(static_cast<int32_t>(r));
       if (next == kNoRow) continue;
@@ -51,7 +59,7 @@ class VirtualDecoder {
 
   Planner& planner_;
   VirtualTransfers& transfers_;
-  double copy_slowdown_;
+  Costs costs_;
   int64_t now_ns_ = 0;
   int64_t compute_ns_ = 0;
   int64_t stall_ns_ = 0;

@@ -1,11 +1,14 @@
 """The experts of one layer for many tokens at once, on GPUs that have a grouped matrix product.
 
-All resident experts are one product, every other expert is one as it arrives. Also a single expert
-goes through the grouped product: it rounds alike however many experts it is given, so the output
-does not depend on what the cache holds.
+All resident experts are one product, and every two others as they arrive: for each alone the host
+would take about as long as its copy. Also a single expert goes through the grouped product: it
+rounds alike however many experts it is given, so the output does not depend on what the cache
+holds.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
 
 import torch
@@ -20,6 +23,18 @@ from .slots import ExpertWeights
 GroupedMlp = Callable[[Tensor, ExpertWeights, Tensor, Tensor], Tensor]
 
 _MAX_WINDOW = 256  # slots in one product; those that are not of the layer cost 0.2 us each
+# Slots that a layer's misses take in turn: with fewer, two that are computed together would leave
+# the link idle.
+_FEWEST_IN_TURN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a plan that are one product, by ascending slot."""
+
+    rows: list[int]
+    slots: slice  # with theirs, and others between
+    counts: list[int]  # how many tokens each of the slots has
 
 
 def can_group(cache: ExpertCache) -> bool:
@@ -49,41 +64,33 @@ def compute_grouped(
         grouped_mlp: some experts.
     """
     num_hits = sum(row[ops.STATE] == ops.HIT for row in rows)  # they come first
-    by_slot = sorted(range(num_hits), key=lambda index: rows[index][ops.SLOT])
-    order = [*by_slot, *range(num_hits, len(rows))]
-    windows = _windows([rows[index][ops.SLOT] for index in by_slot])
-    counts = [rows[index][ops.COUNT] for index in order]
-    ends = list(accumulate(counts, initial=0))
+    parts = [*_windows(rows, num_hits), *_arrivals(rows, num_hits)]
+    order = [index for part in parts for index in part.rows]
 
     # All that the device must know of the plan, in one go.
     rank_of = [0] * cache.num_experts
     for rank, index in enumerate(order):
         rank_of[rows[index][ops.EXPERT]] = rank
-    window_counts = [_counts_by_slot(rows, by_slot[first:last]) for first, last in windows]
-    uploaded = ops.upload([*rank_of, *counts, *chain(*window_counts)], expert_ids.device)
-    ranks, counts_by_rank, *counts_by_slot = uploaded.split(
-        [len(rank_of), len(counts), *map(len, window_counts)]
-    )
+    sums = [list(accumulate(part.counts)) for part in parts]
+    counts = [part.counts for part in parts]
+    uploaded = ops.upload([*rank_of, *chain(*counts, *sums)], expert_ids.device)
+    ranks, *by_slot = uploaded.split([len(rank_of), *map(len, counts + sums)])
 
     places = ranks[expert_ids.view(-1)].to(torch.int16).argsort(stable=True)
     tokens = hidden_states[places // expert_ids.shape[1]]  # in the order of the ranks
     output = torch.empty_like(tokens)
-
-    def compute(first: int, last: int, of_slot: Tensor) -> None:
-        first_slot, last_slot = rows[order[first]][ops.SLOT], rows[order[last - 1]][ops.SLOT]
-        weights = cache.slots.stacked_weights(first_slot, last_slot + 1)
-        part = slice(ends[first], ends[last])
-        sums = of_slot if last - first == 1 else of_slot.cumsum(0, dtype=torch.int32)
-        output[part] = grouped_mlp(tokens[part], weights, of_slot, sums)
-
-    for (first, last), of_slot in zip(windows, counts_by_slot, strict=True):
-        compute(first, last, of_slot)
-    for index in range(num_hits):
-        _release(cache, rows, index)
-    for index in range(num_hits, len(rows)):
-        ops.wait(cache.handle, index)
-        compute(index, index + 1, counts_by_rank[index : index + 1])
-        _release(cache, rows, index)
+    first_token = 0
+    for number, part in enumerate(parts):
+        for index in part.rows:
+            if index >= num_hits:
+                ops.wait(cache.handle, index)
+        of_part = slice(first_token, first_token + sums[number][-1])
+        weights = cache.slots.stacked_weights(part.slots)
+        part_counts, part_ends = by_slot[number], by_slot[len(parts) + number]
+        output[of_part] = grouped_mlp(tokens[of_part], weights, part_counts, part_ends)
+        for index in part.rows:
+            _release(cache, rows, index)
+        first_token = of_part.stop
     partial = torch.empty_like(output)
     partial[places] = output
     return partial
@@ -94,18 +101,33 @@ def _release(cache: ExpertCache, rows: Sequence[Sequence[int]], index: int) -> N
         ops.release(cache.handle, index)
 
 
-def _windows(slots: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut ascending slots into ranges, of their indices, that are near each other."""
-    ranges: list[tuple[int, int]] = []
-    first = 0
-    for index in range(1, len(slots) + 1):
-        if index == len(slots) or slots[index] - slots[first] >= _MAX_WINDOW:
-            ranges.append((first, index))
-            first = index
-    return ranges
+def _windows(rows: Sequence[Sequence[int]], num_hits: int) -> list[_Part]:
+    """Cut the rows that are resident into parts whose slots are near each other."""
+    parts: list[list[int]] = []
+    for index in sorted(range(num_hits), key=lambda index: rows[index][ops.SLOT]):
+        if parts and rows[index][ops.SLOT] - rows[parts[-1][0]][ops.SLOT] < _MAX_WINDOW:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return [_part(rows, part) for part in parts]
 
 
-def _counts_by_slot(rows: Sequence[Sequence[int]], window: Sequence[int]) -> list[int]:
-    """How many tokens each slot of a window has, those between the rows' slots included."""
-    of_slot = {rows[index][ops.SLOT]: rows[index][ops.COUNT] for index in window}
-    return [of_slot.get(slot, 0) for slot in range(min(of_slot), max(of_slot) + 1)]
+def _arrivals(rows: Sequence[Sequence[int]], num_hits: int) -> list[_Part]:
+    """Cut the other rows into twos: two slots, wherever they are, are evenly spaced."""
+    parts = []
+    index = num_hits
+    while index < len(rows):
+        is_single = index < rows[index][ops.NEXT_ROW] < index + _FEWEST_IN_TURN
+        part = range(index, min(index + (1 if is_single else 2), len(rows)))
+        parts.append(_part(rows, sorted(part, key=lambda index: rows[index][ops.SLOT])))
+        index = part.stop
+    return parts
+
+
+def _part(rows: Sequence[Sequence[int]], part: list[int]) -> _Part:
+    """Of rows by ascending slot; with as few slots between theirs as even spaces leave."""
+    count_of = {rows[index][ops.SLOT]: rows[index][ops.COUNT] for index in part}
+    first, *others = count_of
+    step = math.gcd(*(slot - first for slot in others)) or 1
+    slots = range(first, max(count_of) + 1, step)
+    return _Part(part, slice(first, slots.stop, step), [count_of.get(slot, 0) for slot in slots])

@@ -40,6 +40,12 @@ class Slots:
             for role, dtype, offset, num_bytes in layout.segments
         ]
         self._weights: list[ExpertWeights | None] = [None] * num_slots
+        self._stacked: ExpertWeights = {}  # on CUDA: of all slots
+        if isinstance(self._memory, Tensor):
+            self._stacked = {
+                role: self._memory[:, offset : offset + num_bytes].view(dtype).unflatten(1, shape)
+                for role, dtype, offset, num_bytes, shape in self._segments
+            }
 
     def weights(self, slot: int) -> ExpertWeights:
         """Return the tensors in `slot`."""
@@ -58,14 +64,9 @@ class Slots:
             return self._memory[slot]
         return torch.from_numpy(self._memory.slot_memory(slot))
 
-    def stacked_weights(self, first_slot: int, last_slot: int) -> ExpertWeights:
-        """Return the tensors of slots (`last_slot` not included), each [slots, ...]; CUDA only."""
-        assert isinstance(self._memory, Tensor)
-        slots = self._memory[first_slot:last_slot]
-        return {
-            role: slots[:, offset : offset + num_bytes].view(dtype).unflatten(1, shape)
-            for role, dtype, offset, num_bytes, shape in self._segments
-        }
+    def stacked_weights(self, slots: slice) -> ExpertWeights:
+        """Return the tensors of `slots`, each [slots, ...]; CUDA only."""
+        return {role: every_slot[slots] for role, every_slot in self._stacked.items()}
 
     @property
     def num_used(self) -> int:

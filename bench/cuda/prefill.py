@@ -62,7 +62,7 @@ def grouped_seconds(cache: ExpertCache, routes: list[torch.Tensor]) -> float:
     """The grouped products alone, with the experts where the cache has them."""
     total = 0.0
     for layer, ids in enumerate(routes):
-        weights = cache.slots.stacked_weights(layer * EXPERTS, (layer + 1) * EXPERTS)
+        weights = cache.slots.stacked_weights(slice(layer * EXPERTS, (layer + 1) * EXPERTS))
         ends = torch.bincount(ids.flatten(), minlength=EXPERTS).cumsum(0, dtype=torch.int32)
         x = torch.randn(ids.numel(), HIDDEN, device=DEVICE, dtype=torch.bfloat16)
         middle = torch.randn(ids.numel(), INTERMEDIATE, device=DEVICE, dtype=torch.bfloat16)

@@ -241,7 +241,10 @@ void LearnInCache(benchmark::State& state) {
 void Pass(benchmark::State& state) {
   Model model(state);
   const Shape& shape = model.shape();
-  MeasureLayers(state, model, Layers(shape.max_distance, shape.num_layers - shape.max_distance),
+  const int32_t end = shape.num_layers - shape.max_distance;
+  if (end <= shape.max_distance)
+    return state.SkipWithError("no layer both predicts and learns all");
+  MeasureLayers(state, model, Layers(shape.max_distance, end),
                 model.predict_bytes() + 2 * model.weight_bytes(),
                 [&](int32_t layer, cudaStream_t stream) {
                   model.Observe(layer, stream);

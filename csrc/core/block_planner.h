@@ -18,17 +18,17 @@
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that earlier work of the stream writes,
-// Min(value, other), atomic, CopyAsync(to, from), of a word into shared memory, for which
-// WaitForCopies() waits, Release(word, value), which lets the host see `value` only after all
-// that the block wrote before, and Mark(phase), which says that a phase has ended.
+// SyncWarp(), OfLane(value, lane) of the thread's warp, CopyAsync(to, from), of a word into shared
+// memory, for which WaitForCopies() waits, Release(word, value), which lets the host see `value`
+// only after all that the block wrote before, and Mark(phase), which says that a phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
 // the ids, the tick and every slot at once, one more, beside it, for the rows' own keys and what a
-// policy that learns knows of the experts, and five barriers, or six if it learns. Slots of other
-// layers are ranked meanwhile. Whether a routed expert is resident is seen by the thread that has
-// its slot (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads
-// from the expert to its slot. Rows that are resident and rows that are missing are finished by
-// different warps, at the same time.
+// policy that learns knows of the experts, and five barriers. Slots of other layers are ranked
+// meanwhile. Whether a routed expert is resident is told by the thread that has its slot
+// (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
+// expert to its slot. Rows that are resident and rows that are missing are finished by different
+// warps, at the same time.
 
 namespace expertflow {
 
@@ -48,20 +48,23 @@ struct BlockPlannerShared {
 
 // Words of shared memory that the planner needs beside.
 EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_experts) {
+  constexpr auto kWordsOfSlot = static_cast<int32_t>(sizeof(SlotOfLayer) / sizeof(int32_t));
   const int32_t num_scores = policy == PolicyKind::kPredictedNeed ? num_experts : 0;
-  return num_experts + num_scores;
+  return (kWordsOfSlot + 1) * num_experts + num_scores;
 }
 
 template <class Policy, class Block>
 class BlockPlanner {
  public:
-  // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too.
+  // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too, aligned for
+  // SlotOfLayer.
   EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* shared_words,
                                  const PlanningView& planning, const LayerPlanRequest& request)
       : block_(block),
         shared_(shared),
-        first_of_expert_(shared_words),
-        need_(block, shared_words + planning.table.num_experts, planning.need, request.layer),
+        of_layer_(reinterpret_cast<SlotOfLayer*>(shared_words)),
+        first_of_expert_(reinterpret_cast<int32_t*>(of_layer_ + planning.table.num_experts)),
+        need_(block, first_of_expert_ + planning.table.num_experts, planning.need, request.layer),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -69,22 +72,23 @@ class BlockPlanner {
   // Called by all threads, of which there are at least as many as ids.
   EXPERTFLOW_DEVICE void Run() {
     has_id_ = thread_ < request_.ids.count;
-    Slots own(block_, planning_, request_.layer, first_of_expert_);
+    Slots own(block_, planning_, request_.layer, first_of_expert_, of_layer_);
     PrepareShared();
     block_.Mark(PlanPhase::kPrepared);
     block_.WaitForPrevious();
     block_.Mark(PlanPhase::kReleased);
     NoteRouted(AskForAll(own));
-    if constexpr (kLearns) need_.AskForWeights();
+    if constexpr (kLearns) need_.AskForWeights(request_.ids.count);
     now_ = clock_.now + 1;
     const uint32_t least_of_others = own.RankOthers(now_);
-    // Of the warp already here: the compiler puts off what nothing needs before a barrier.
-    warp_least_ = block_.MinOfWarp(least_of_others);
+    ShareLeast(block_, shared_.selection, least_of_others);
+    if constexpr (kLearns) need_.SumFirstWeights();
     block_.Sync();
     block_.Mark(PlanPhase::kRouted);
     if constexpr (kLearns) ObserveNeeds();
     block_.Mark(PlanPhase::kScored);
-    const uint32_t least = RankRest(own, least_of_others);
+    const uint32_t least = Smaller(least_of_others, RankOfLayer(own));
+    SortLeast(block_, shared_.selection);
     block_.WaitForCopies();
     block_.Sync();
     block_.Mark(PlanPhase::kRanked);
@@ -108,9 +112,10 @@ class BlockPlanner {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
       first_of_expert_[e] = Slots::kNotRouted;
+      of_layer_[e] = SlotOfLayer{};
     }
     if (has_id_) shared_.residence[thread_] = Residence::kMissing;
-    if (thread_ < kMaxBlockWarps) shared_.selection.warp_least[thread_] = kNoOrder;
+    if (thread_ < BlockSelection::kNumBins) shared_.selection.least[thread_] = kNoOrder;
     if (thread_ == 0) {
       shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
     }
@@ -123,13 +128,15 @@ class BlockPlanner {
     }
   }
 
-  // Asks for the ids, the tick and the slots, and returns the thread's id. The barrier keeps the
-  // compiler from using what has come before it has asked for all.
+  // Asks for the ids, the tick and the slots, and returns the thread's id. The barriers keep the
+  // compiler from asking for slots first, whose data come last, and from using what has come before
+  // it has asked for all.
   EXPERTFLOW_DEVICE uint64_t AskForAll(Slots& own) {
     uint64_t id = 0;
     if (has_id_) id = IdAt(request_.ids, thread_);
     clock_ = *request_.clock;
     if constexpr (kLearns) need_.Ask(request_.ids);
+    block_.SyncWarp();
     own.Load();
     block_.Sync();
     return id;
@@ -157,7 +164,6 @@ class BlockPlanner {
     if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
     has_observed_ = true;
     need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
-    if (expert_ >= 0) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
   }
 
   EXPERTFLOW_DEVICE void RecordNeeds(LayerPlanStatus status) {
@@ -179,20 +185,19 @@ class BlockPlanner {
     }
   }
 
-  EXPERTFLOW_DEVICE uint32_t RankRest(Slots& own, uint32_t least_of_others) {
+  EXPERTFLOW_DEVICE uint32_t RankOfLayer(Slots& own) {
     if (has_id_ && !IsRow()) shared_.residence[thread_] = Residence::kRepeated;
     const int32_t* scores = nullptr;
     if constexpr (kLearns) scores = has_observed_ ? need_.scores() : nullptr;
-    const uint32_t least_of_rest =
-        own.RankRest(scores, [this](int32_t place, SlotId slot, bool in_flight) {
-          shared_.residence[place] = Residence::Of(slot, in_flight);
-        });
-    ShareLeast(block_, shared_.selection, Smaller(warp_least_, least_of_rest));
-    return Smaller(least_of_others, least_of_rest);
+    return own.RankOfLayer(
+        scores, [this](int32_t place, int32_t residence) { shared_.residence[place] = residence; });
   }
 
   EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
     if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
+    if constexpr (kLearns) {
+      if (has_observed_ && expert_ >= 0) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
+    }
     if (rows_.total.misses == 0) return LayerPlanStatus::kPlanned;
     if (rows_.own == Residence::kMissing) shared_.missing[rows_.before.misses] = {key_, expert_};
     const int32_t num_found =
@@ -209,7 +214,7 @@ class BlockPlanner {
     const bool has_miss = planned && miss < rows_.total.misses;
     const PlanRow missing = has_miss ? MissingRow(miss) : PlanRow{};
     Occupant evicted{};
-    if (has_miss) evicted = OccupantOf(planning_, missing.slot);
+    if (has_miss) evicted = Slots::OccupantOf(shared_.selection.victims[miss].held);
     if (planned && rows_.own >= 0) {
       const bool hit = resident.state == RowState::kHit;
       WriteRow(hit ? rows_.before.hits : rows_.total.hits + rows_.before.loading, resident);
@@ -236,7 +241,7 @@ class BlockPlanner {
   }
 
   EXPERTFLOW_DEVICE PlanRow MissingRow(int32_t miss) const {
-    return {shared_.missing[miss].expert, static_cast<SlotId>(shared_.selection.victims[miss]),
+    return {shared_.missing[miss].expert, static_cast<SlotId>(shared_.selection.victims[miss].slot),
             RowState::kMiss, 0, kNoRow};
   }
 
@@ -326,6 +331,7 @@ class BlockPlanner {
 
   Block& block_;
   BlockPlannerShared& shared_;
+  SlotOfLayer* const of_layer_;     // [num_experts]
   int32_t* const first_of_expert_;  // [num_experts]
   std::conditional_t<kLearns, BlockNeedScores<Block>, NoModel> need_;
   PlanningView planning_;
@@ -334,7 +340,6 @@ class BlockPlanner {
 
   PlanClock clock_{};
   Tick now_ = 0;
-  uint32_t warp_least_ = kNoOrder;  // order of slots that hold nothing of the layer
   // Of this thread's id.
   bool has_id_ = false;
   int32_t expert_ = -1;

@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/host_device.h"
 #include "core/ids.h"
 
 namespace expertflow {
@@ -22,7 +23,8 @@ constexpr int64_t kStreamedKey = -1;
 constexpr Tick kNever = -1;
 constexpr int64_t kNeverUsed = -(int64_t{1} << 60);  // an `expert_key` before the first use
 
-// Who is where: flat arrays of plain data, in host or device memory.
+// Who is where: flat arrays of plain data, in host or device memory. Those of slots can be
+// read four at once (core/four.h), also the last.
 struct SlotTableView {
   int32_t num_layers;
   int32_t num_experts;  // per layer

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(CudaBlock::kMaxThreads)
     PlanLayerKernel(const __grid_constant__ PlanningView planning,
                     const __grid_constant__ LayerPlanRequest request, Block block) {
   __shared__ BlockPlannerShared shared;
-  extern __shared__ int32_t shared_words[];
+  extern __shared__ __align__(16) int32_t shared_words[];
   if (threadIdx.x == 0) shared.fetched = FetchParameter(planning) ^ FetchParameter(request);
   BlockPlanner<Policy, Block>(block, shared, shared_words, planning, request).Run();
 }
@@ -66,10 +66,10 @@ inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRe
   constexpr int32_t kMinWarps = 8;
   constexpr int32_t kMaxWarps = CudaBlock::kMaxThreads / CudaBlock::kWarpSize;
   static_assert(kMaxWarps <= kMaxBlockWarps && CudaBlock::kMaxThreads >= kMaxRoutedIds);
-  constexpr int32_t kPerTile = OwnSlots<Lru, CudaBlock>::kPerTile;
   const SlotRange range = RangeOf(planning, request.layer);
-  const int32_t wanted =
-      std::max((range.end - range.begin + kPerTile - 1) / kPerTile, request.ids.count);
+  constexpr int32_t kNeighbours = OwnSlots<Lru, CudaBlock>::kNeighbours;
+  const int32_t num_reads = (range.end + kNeighbours - 1) / kNeighbours - range.begin / kNeighbours;
+  const int32_t wanted = std::max(num_reads, request.ids.count);
   const int32_t num_warps = (wanted + CudaBlock::kWarpSize - 1) / CudaBlock::kWarpSize;
   return std::clamp(num_warps, kMinWarps, kMaxWarps) * CudaBlock::kWarpSize;
 }

@@ -97,7 +97,7 @@ class CpuBlockPlanner {
   }
 
   int32_t* SharedWords(int32_t num_words) {
-    words_.resize(static_cast<size_t>(num_words));
+    words_.resize(static_cast<size_t>(num_words));  // memory is aligned to 16 bytes
     return words_.data();
   }
 

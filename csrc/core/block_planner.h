@@ -83,15 +83,18 @@ class BlockPlanner {
     const uint32_t least_of_others = own.RankOthers(now_);
     ShareLeast(block_, shared_.selection, least_of_others);
     if constexpr (kLearns) need_.SumFirstWeights();
+    block_.WaitForCopies();
     block_.Sync();
     block_.Mark(PlanPhase::kRouted);
+    has_bad_ids_ = shared_.num_bad_ids > 0;
     if constexpr (kLearns) ObserveNeeds();
     block_.Mark(PlanPhase::kScored);
     const uint32_t least = Smaller(least_of_others, RankOfLayer(own));
     SortLeast(block_, shared_.selection);
-    block_.WaitForCopies();
+    if constexpr (!kLearns) UseKey();
     block_.Sync();
     block_.Mark(PlanPhase::kRanked);
+    if constexpr (kLearns) UseKey();
     CountRows(block_, shared_.residence, request_.ids.count, rows_);
     block_.Mark(PlanPhase::kCounted);
     const LayerPlanStatus status = TakeSlots(own, least);
@@ -161,7 +164,7 @@ class BlockPlanner {
 
   // As Planner::ObserveNeeds does.
   EXPERTFLOW_DEVICE void ObserveNeeds() {
-    if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
+    if (has_bad_ids_ || !need_.IsNew(now_)) return;
     has_observed_ = true;
     need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
   }
@@ -193,11 +196,17 @@ class BlockPlanner {
         scores, [this](int32_t place, int32_t residence) { shared_.residence[place] = residence; });
   }
 
-  EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
-    if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
+  // The key of the thread's expert, from this plan on.
+  EXPERTFLOW_DEVICE void UseKey() {
+    if (expert_ < 0) return;
     if constexpr (kLearns) {
-      if (has_observed_ && expert_ >= 0) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
+      if (has_observed_) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
     }
+    key_ = Policy::KeyOnUse(planning_.eviction, key_, now_);
+  }
+
+  EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
+    if (has_bad_ids_) return LayerPlanStatus::kBadExpertId;
     if (rows_.total.misses == 0) return LayerPlanStatus::kPlanned;
     if (rows_.own == Residence::kMissing) shared_.missing[rows_.before.misses] = {key_, expert_};
     const int32_t num_found =
@@ -228,7 +237,7 @@ class BlockPlanner {
       evicted = {};
     }
     if (rows_.own >= 0) {
-      RecordUse(planning_, resident.slot, ToIndex(resident.expert), KeyOnUse(key_), now_,
+      RecordUse(planning_, resident.slot, ToIndex(resident.expert), key_, now_,
                 /*streaming=*/false);
     }
     if (has_miss) PlaceMissing(missing, evicted, shared_.missing[miss].key);
@@ -299,7 +308,7 @@ class BlockPlanner {
   }
 
   EXPERTFLOW_DEVICE void PlaceMissing(const PlanRow& row, const Occupant& evicted, int64_t key) {
-    PlaceMiss(planning_, row.slot, evicted, ToIndex(row.expert), KeyOnUse(key), now_,
+    PlaceMiss(planning_, row.slot, evicted, ToIndex(row.expert), key, now_,
               /*streaming=*/false, Adder());
     if (request_.fetch == MissFetch::kSameStream) {
       planning_.table.slot_state[Index(row.slot)] = SlotState::kReady;
@@ -312,10 +321,6 @@ class BlockPlanner {
     Adder()(counts.hits, int64_t{rows_.total.hits});
     Adder()(counts.late_hits, int64_t{rows_.total.loading});
     Adder()(counts.misses, int64_t{rows_.total.misses});
-  }
-
-  EXPERTFLOW_DEVICE int64_t KeyOnUse(int64_t key) const {
-    return Policy::KeyOnUse(planning_.eviction, key, now_);
   }
 
   EXPERTFLOW_DEVICE auto Adder() {
@@ -343,8 +348,9 @@ class BlockPlanner {
   // Of this thread's id.
   bool has_id_ = false;
   int32_t expert_ = -1;
-  int64_t key_ = 0;  // before this plan
+  int64_t key_ = 0;
   CountedRows rows_;
+  bool has_bad_ids_ = false;
   bool has_observed_ = false;  // by the need model
 };
 

@@ -40,26 +40,31 @@ struct SlotCandidate {
   }
 };
 
-// Never decreases with the rank, `key` or above all others if protected, nor, among empty slots,
-// with the slot. Tells keys apart that lie within 2^30 of `origin`, and the first empty slots; the
-// rest is left to the list. In few instructions of 32 bits.
+EXPERTFLOW_HD inline uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+// Never decreases with the rank, `key` or above all others if protected, nor, at equal ranks, with
+// the slot. Tells keys apart that lie within 2^(30 - kTieBits) of `origin`, of empty slots the
+// first, and by kTieBits the first slots of equal keys; the rest is left to the list. In few
+// instructions of 32 bits.
+template <int32_t kTieBits>
 EXPERTFLOW_HD inline uint32_t OrderOf(int64_t key, int32_t slot, bool is_protected,
                                       int64_t origin) {
   constexpr uint32_t kNumEmpty = 1U << 16;
   constexpr uint32_t kHighest = (uint32_t{1} << 31) - 2 - kNumEmpty;
-  const uint64_t distance = static_cast<uint64_t>(key) - static_cast<uint64_t>(origin) + (1U << 30);
+  constexpr uint32_t kLastTie = (uint32_t{1} << kTieBits) - 1;
+  const uint64_t distance =
+      static_cast<uint64_t>(key) - static_cast<uint64_t>(origin) + (uint32_t{1} << (30 - kTieBits));
   const auto high = static_cast<int32_t>(distance >> 32);
   const auto low = static_cast<uint32_t>(distance);
-  const uint32_t at_most = (high > 0) | (low > kHighest) ? kHighest : low;
+  const auto number = static_cast<uint32_t>(slot);
+  const uint32_t told_apart = (low << kTieBits) + Smaller(number, kLastTie);
+  const bool is_highest = (high > 0) | (low >= kHighest >> kTieBits);
+  const uint32_t at_most = is_highest ? kHighest : told_apart;
   // The distance of an empty slot overflows.
   const bool is_lowest = (high < 0) | ((key < 0) & !is_protected);
-  const auto number = static_cast<uint32_t>(slot);
-  const uint32_t of_empty = number < kNumEmpty ? number : kNumEmpty;
-  return (key == kEmptyKey ? of_empty : kNumEmpty + (is_lowest ? 0 : at_most)) |
+  return (key == kEmptyKey ? Smaller(number, kNumEmpty) : kNumEmpty + (is_lowest ? 0 : at_most)) |
          (is_protected ? uint32_t{1} << 31 : 0U);
 }
-
-EXPERTFLOW_HD inline uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // Lies in the shared memory of the block.
 struct BlockSelection {

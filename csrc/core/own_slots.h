@@ -179,7 +179,7 @@ class OwnSlots {
   EXPERTFLOW_DEVICE void TakeScore(SlotOfLayer& held, int32_t score) {
     if (held.key < 0) return;
     planning_.table.slot_key[held.slot()] = held.key = PredictedNeed::KeyOf(score);
-    held.order = OrderOf(held.key, held.slot(), IsProtected(held.order), origin_);
+    held.order = OrderOf<Policy::kTieBits>(held.key, held.slot(), IsProtected(held.order), origin_);
   }
 
   EXPERTFLOW_DEVICE uint32_t OrderOfExpert(int32_t tile) const {
@@ -203,8 +203,8 @@ class OwnSlots {
 
   EXPERTFLOW_DEVICE uint32_t Order(int32_t tile, int32_t k) const {
     const SlotUse use{key_.of[k], needed_.of[k], predicted_.of[k]};
-    return OrderOf(use.key, SlotOf(tile, k), Policy::IsProtected(planning_.eviction, use, now_),
-                   origin_);
+    const bool is_protected = Policy::IsProtected(planning_.eviction, use, now_);
+    return OrderOf<Policy::kTieBits>(use.key, SlotOf(tile, k), is_protected, origin_);
   }
 
   EXPERTFLOW_DEVICE SlotState State(int32_t k) const {

@@ -16,9 +16,10 @@
 namespace expertflow {
 namespace {
 
+template <int32_t kTieBits = 0>
 uint32_t OrderOfRank(int64_t rank, int64_t origin, int32_t slot = 0) {
   const bool is_protected = rank >= kProtected / 2;
-  return OrderOf(is_protected ? rank - kProtected : rank, slot, is_protected, origin);
+  return OrderOf<kTieBits>(is_protected ? rank - kProtected : rank, slot, is_protected, origin);
 }
 
 // Slot s belongs to thread s % num_threads.
@@ -160,6 +161,26 @@ TEST(BlockSelectionTest, OrdersAreNeverAgainstTheRanks) {
   }
   EXPECT_LT(OrderOfRank(999, 1'000), OrderOfRank(1'000, 1'000))
       << "near the origin all are told apart";
+}
+
+TEST(BlockSelectionTest, OrdersTellSlotsOfEqualKeysApart) {
+  constexpr int64_t kOrigin = int64_t{1} << 40;
+  for (const int64_t near : {-131'072, -1, 0, 131'071}) {
+    const auto order = [=](int64_t more, int32_t slot) {
+      return OrderOfRank<12>(kOrigin + near + more, kOrigin, slot);
+    };
+    EXPECT_LT(order(0, 0), order(0, 1));
+    EXPECT_LT(order(0, 1), order(0, 4094));
+    EXPECT_LE(order(0, 4095), order(0, 100'000));
+    EXPECT_LT(order(0, 100'000), order(1, 0));
+  }
+  const auto far = int64_t{1} << 30;
+  EXPECT_LE(OrderOfRank<12>(kOrigin - far, kOrigin, 4095),
+            OrderOfRank<12>(kOrigin - far + 1, kOrigin, 0));
+  EXPECT_LE(OrderOfRank<12>(kOrigin + far, kOrigin, 4095),
+            OrderOfRank<12>(kOrigin + far + 1, kOrigin, 0));
+  EXPECT_LT(OrderOfRank(kEmptyKey, kOrigin, 1), OrderOfRank(kEmptyKey, kOrigin, 2));
+  EXPECT_LE(OrderOfRank(kEmptyKey, kOrigin, 100'000), OrderOfRank(-1, kOrigin, 0));
 }
 
 TEST(BlockSelectionTest, RandomSizesAndShares) {

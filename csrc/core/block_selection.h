@@ -62,8 +62,8 @@ EXPERTFLOW_HD inline uint32_t OrderOf(int64_t key, int32_t slot, bool is_protect
   const uint32_t at_most = is_highest ? kHighest : told_apart;
   // The distance of an empty slot overflows.
   const bool is_lowest = (high < 0) | ((key < 0) & !is_protected);
-  return (key == kEmptyKey ? Smaller(number, kNumEmpty) : kNumEmpty + (is_lowest ? 0 : at_most)) |
-         (is_protected ? uint32_t{1} << 31 : 0U);
+  const uint32_t base = key == kEmptyKey ? Smaller(number, kNumEmpty) : kNumEmpty;
+  return (base + (is_lowest ? 0 : at_most)) | (is_protected ? uint32_t{1} << 31 : 0U);
 }
 
 // Lies in the shared memory of the block.

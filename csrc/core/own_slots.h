@@ -66,12 +66,9 @@ class OwnSlots {
     EXPERTFLOW_NO_UNROLL
     for (int32_t tile = 0; HasSlots(tile); ++tile) {
       if (tile > 0) LoadTile(tile);
-      const uint32_t is_of_layer = RankTile(tile);
+      RankTile(tile, [&](int32_t k, uint32_t order) { TellExpert(tile, k, order); });
       EXPERTFLOW_UNROLL
-      for (int32_t k = 0; k < kNeighbours; ++k) {
-        if ((is_of_layer >> k & 1) != 0) TellExpert(tile, k);
-        least = Smaller(least, order_[k]);
-      }
+      for (int32_t k = 0; k < kNeighbours; ++k) least = Smaller(least, order_[k]);
     }
     return least;
   }
@@ -105,7 +102,7 @@ class OwnSlots {
     for (int32_t tile = 0; IsTile(tile); ++tile) {
       if (IsTile(1)) {
         LoadTile(tile);
-        RankTile(tile);
+        RankTile(tile, [](int32_t, uint32_t) {});
         order_[kNeighbours] = OrderOfExpert(tile);
       }
       visit(order_, [&](int32_t k) {
@@ -152,27 +149,27 @@ class OwnSlots {
     unused_ = ReadFourBytes(table.slot_unused, first);
   }
 
-  // Returns which slots, bit by bit, are of an expert of the layer. What may be taken is as MayTake
-  // says; no slot can be of the plan yet: its tick is new. Without branches that some lanes would
-  // take.
-  EXPERTFLOW_DEVICE uint32_t RankTile(int32_t tile) {
-    uint32_t all_of_layer = 0;
+  // Calls tell(k, order) for slots of an expert of the layer. What may be taken is as MayTake says;
+  // no slot can be of the plan yet: its tick is new. Without branches that some lanes would take,
+  // but to tell.
+  template <class Tell>
+  EXPERTFLOW_DEVICE void RankTile(int32_t tile, Tell&& tell) {
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kNeighbours; ++k) {
       const bool is_dropped = kOnDemand & (State(k) == SlotState::kReady);
       if (is_dropped) key_.of[k] = kEmptyKey;
+      const uint32_t order = Order(tile, k);
       const bool is_of_layer = Exists(tile, k) & !is_dropped & (LocalExpert(k) < NumExperts());
       const bool may_take = Exists(tile, k) & !is_of_layer & !InFlight(State(k));
-      all_of_layer |= is_of_layer ? uint32_t{1} << k : 0;
-      order_[k] = Order(tile, k) | (may_take ? 0 : kNoOrder);
+      if (is_of_layer) tell(k, order);
+      order_[k] = order | (may_take ? 0 : kNoOrder);
     }
-    return all_of_layer;
   }
 
-  EXPERTFLOW_DEVICE void TellExpert(int32_t tile, int32_t k) {
+  EXPERTFLOW_DEVICE void TellExpert(int32_t tile, int32_t k, uint32_t order) {
     const auto slot = static_cast<SlotId>(SlotOf(tile, k));
     const int32_t residence = Residence::Of(slot, InFlight(State(k)));
-    of_layer_[LocalExpert(k)] = {key_.of[k], Order(tile, k), 2 * residence + Unused(k)};
+    of_layer_[LocalExpert(k)] = {key_.of[k], order, 2 * residence + Unused(k)};
   }
 
   // What PredictedNeed::RecordScore does to a slot.

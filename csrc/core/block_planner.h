@@ -230,18 +230,19 @@ class BlockPlanner {
     }
     if (has_miss) WriteRow(rows_.total.hits + rows_.total.loading + miss, missing);
     WriteHeaders(status);
+    if (planned) {
+      if constexpr (std::is_same_v<Policy, OnDemand>) {
+        DropAllReady();
+        evicted = {};
+      }
+      if (has_miss) PlaceMissing(missing, evicted, shared_.missing[miss].key);
+      if (rows_.own >= 0) {
+        RecordUse(planning_, resident.slot, ToIndex(resident.expert), key_, now_,
+                  /*streaming=*/false);
+      }
+      if (thread_ == Bookkeeper()) Count();
+    }
     if constexpr (kLearns) RecordNeeds(status);
-    if (!planned) return;
-    if constexpr (std::is_same_v<Policy, OnDemand>) {
-      DropAllReady();
-      evicted = {};
-    }
-    if (rows_.own >= 0) {
-      RecordUse(planning_, resident.slot, ToIndex(resident.expert), key_, now_,
-                /*streaming=*/false);
-    }
-    if (has_miss) PlaceMissing(missing, evicted, shared_.missing[miss].key);
-    if (thread_ == Bookkeeper()) Count();
   }
 
   EXPERTFLOW_DEVICE PlanRow ResidentRow() const {

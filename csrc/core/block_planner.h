@@ -24,8 +24,9 @@
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
 // the ids, the tick and every slot at once, one more, beside it, for the rows' own keys and what a
-// policy that learns knows of the experts, and five barriers. Slots of other layers are ranked
-// meanwhile. Whether a routed expert is resident is told by the thread that has its slot
+// policy that learns knows of the experts, and five barriers. Slots of other
+// layers are ranked meanwhile. Whether a routed expert is resident is told by the thread that has
+// its slot
 // (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
 // expert to its slot. Rows that are resident and rows that are missing are finished by different
 // warps, at the same time.
@@ -53,7 +54,8 @@ EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_expe
   return (kWordsOfSlot + 1) * num_experts + num_scores;
 }
 
-template <class Policy, class Block>
+// kOneTile: as IsOneTile (core/own_slots.h) says; a kernel of less code, which takes less time.
+template <class Policy, class Block, bool kOneTile>
 class BlockPlanner {
  public:
   // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too, aligned for
@@ -109,7 +111,7 @@ class BlockPlanner {
     template <class... Anything>
     EXPERTFLOW_DEVICE explicit NoModel(Anything&&...) {}
   };
-  using Slots = OwnSlots<Policy, Block>;
+  using Slots = OwnSlots<Policy, Block, kOneTile>;
   // Reads nothing that an earlier kernel writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL

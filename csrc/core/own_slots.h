@@ -14,6 +14,20 @@
 
 namespace expertflow {
 
+// Neighbouring slots that a thread reads at once.
+constexpr int32_t kSlotNeighbours = 4;
+
+// How many threads have slots, if each has one tile.
+inline int32_t NumSlotReads(const SlotRange& range) {
+  return (range.end + kSlotNeighbours - 1) / kSlotNeighbours - range.begin / kSlotNeighbours;
+}
+
+// Whether a block of `num_threads` has one tile of slots and of experts.
+inline bool IsOneTile(const PlanningView& planning, int32_t layer, int32_t num_threads) {
+  return NumSlotReads(RangeOf(planning, layer)) <= num_threads &&
+         planning.table.num_experts <= num_threads;
+}
+
 // The slot of an expert of the layer, as the thread of the slot tells the thread of the expert.
 struct alignas(16) SlotOfLayer {
   static constexpr int32_t kNone = -1;
@@ -28,12 +42,12 @@ struct alignas(16) SlotOfLayer {
 };
 
 // The slots of one thread: some neighbours, read at once, and those that hold the thread's experts
-// of the layer, once their own threads have told it. A tile of them is held in registers; only a
-// table of more than one tile is read again with every visit.
-template <class Policy, class Block>
+// of the layer, once their own threads have told it. A tile of them is held in registers; only what
+// takes more than one tile is read again with every visit.
+template <class Policy, class Block, bool kOneTile>
 class OwnSlots {
  public:
-  static constexpr int32_t kNeighbours = 4;
+  static constexpr int32_t kNeighbours = kSlotNeighbours;
   static constexpr int32_t kPerTile = kNeighbours + 1;  // and that of an expert
   static constexpr int32_t kNotRouted = std::numeric_limits<int32_t>::max();
 
@@ -63,6 +77,8 @@ class OwnSlots {
     now_ = now;
     origin_ = Policy::Origin(planning_.eviction, now);
     uint32_t least = kNoOrder;
+    // A loop even for one tile: else the compiler ranks before all that comes before has been asked
+    // for, and has it wait for the slots.
     EXPERTFLOW_NO_UNROLL
     for (int32_t tile = 0; HasSlots(tile); ++tile) {
       if (tile > 0) LoadTile(tile);
@@ -80,7 +96,9 @@ class OwnSlots {
   EXPERTFLOW_DEVICE uint32_t RankOfLayer(const int32_t* scores, Found&& found) {
     uint32_t least = kNoOrder;
     EXPERTFLOW_NO_UNROLL
-    for (int32_t e = thread_; e < planning_.table.num_experts; e += num_threads_) {
+    for (int32_t tile = 0; IsTile(tile); ++tile) {
+      const int32_t e = ExpertOf(tile);
+      if (e >= planning_.table.num_experts) break;
       SlotOfLayer held = of_layer_[e];
       const int32_t place = first_of_expert_[e];
       if (held.bits == SlotOfLayer::kNone) continue;
@@ -124,6 +142,7 @@ class OwnSlots {
     return SlotOf(tile, 0) - kNeighbours * thread_ < range_.end;
   }
   EXPERTFLOW_DEVICE bool IsTile(int32_t tile) const {
+    if constexpr (kOneTile) return tile == 0;
     return HasSlots(tile) | (tile * num_threads_ < planning_.table.num_experts);
   }
 

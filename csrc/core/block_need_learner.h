@@ -4,6 +4,7 @@
 
 #include "core/block_need_ahead.h"
 #include "core/eviction/need_state.h"
+#include "core/four.h"
 #include "core/host_device.h"
 
 // The second half of what NeedModel::Observe (eviction/need_model.h) does, in a kernel of its own
@@ -16,11 +17,6 @@ namespace expertflow {
 EXPERTFLOW_HD inline int32_t NumLearnerWords(int32_t num_experts, int32_t width) {
   return NeedRules::kNumSources * num_experts + width;
 }
-
-// Four neighbouring weights, read at once.
-struct alignas(8) FourWeights {
-  int16_t of[4];
-};
 
 template <class Block>
 class BlockNeedLearner {
@@ -106,18 +102,15 @@ class BlockNeedLearner {
     for (int32_t i = warp_; i < num_inputs_; i += num_warps_) {
       EXPERTFLOW_NO_UNROLL
       for (int32_t e = 4 * lane_; e < model_.width; e += 4 * Block::kWarpSize) {
-        FourWeights weights = *Four(inputs_[i], e);
+        int16_t* row = model_.Weights(inputs_[i]);
+        Four<int16_t> weights = ReadFour(row, e);
         EXPERTFLOW_UNROLL
         for (int32_t j = 0; j < 4; ++j) {
           weights.of[j] = NeedRules::Stepped(weights.of[j], static_cast<int16_t>(gradient[e + j]));
         }
-        *Four(inputs_[i], e) = weights;
+        *reinterpret_cast<Four<int16_t>*>(row + e) = weights;
       }
     }
-  }
-
-  EXPERTFLOW_DEVICE FourWeights* Four(int32_t row, int32_t expert) const {
-    return reinterpret_cast<FourWeights*>(model_.Weights(row) + expert);
   }
 
   Block& block_;

@@ -36,26 +36,39 @@ class BlockNeedScores {
     retried_ = *state_.retried;
     ahead_ = *state_.ahead;
     number_ = model_.num_steps[layer_];
-    if (thread_ < NeedRules::kNumSources) source_steps_ = model_.num_steps[layer_of_thread_];
-    if (thread_ >= model_.num_experts) return;
-    expert_ = Read(thread_);
-    if (ids.count == 0) return;
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kIdsAhead; ++k) {
-      const int32_t i = k < ids.count ? k : ids.count - 1;
-      first_ids_[k] = ids.int64 != nullptr ? static_cast<int32_t>(ids.int64[i]) : ids.int32[i];
-    }
+    source_steps_ = model_.num_steps[layer_of_thread_];
+    if (thread_ < model_.num_experts) expert_ = Read(thread_);
+    const int32_t lane = thread_ % Block::kWarpSize;
+    if (lane < ids.count) id_of_lane_ = IdAt(ids, lane);
   }
 
-  // Asks for the weights of the first ids, of which it is not known yet which of them are rows, nor
-  // whether the layer has them.
-  EXPERTFLOW_DEVICE void AskForWeights() {
+  // Asks for the weights of the first ids, whether the layer has them or not. Called by all
+  // threads.
+  EXPERTFLOW_DEVICE void AskForWeights(int32_t num_ids) {
+    const int32_t lane = thread_ % Block::kWarpSize;
+    const bool exists = id_of_lane_ < static_cast<uint64_t>(model_.num_experts);
+    const uint32_t id = exists ? static_cast<uint32_t>(id_of_lane_) : 0;
+    uint32_t first_ids[kIdsAhead];
+    bool is_repeated = false;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kIdsAhead; ++k) {
+      first_ids[k] = block_.OfLane(id, k);
+      is_repeated |= (k < lane) & (first_ids[k] == id);
+    }
+    first_rows_ = block_.Ballot((lane < kIdsAhead) & (lane < num_ids) & !is_repeated);
     if (thread_ >= model_.num_experts) return;
     const int16_t* weights = model_.Weights(model_.WeightRow(layer_, 0, 0)) + thread_;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kIdsAhead; ++k) {
-      const bool exists = static_cast<uint32_t>(first_ids_[k]) < NumExperts();
-      first_weights_[k] = weights[exists ? first_ids_[k] * model_.width : 0];
+      first_weights_[k] = weights[static_cast<int32_t>(first_ids[k]) * model_.width];
+    }
+  }
+
+  // Adds them up, once nothing else is left to do before they come.
+  EXPERTFLOW_DEVICE void SumFirstWeights() {
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kIdsAhead; ++k) {
+      first_sum_ += (first_rows_ >> k & 1) != 0 ? first_weights_[k] : 0;
     }
   }
 
@@ -65,8 +78,9 @@ class BlockNeedScores {
   }
 
   // Scores the layer's experts. `routed` [num_ids] are the experts of the ids, `first_of_expert`
-  // [num_experts] an expert's first place there, or `not_routed`. Afterwards scores() can be read.
-  // Called by all threads, behind a barrier; ends with one.
+  // [num_experts] an expert's first place there, or `not_routed`. Called by all threads, behind a
+  // barrier. Afterwards a thread can read the scores of its own experts, one in num_threads(), and
+  // behind another barrier all.
   EXPERTFLOW_DEVICE void Observe(const int32_t* routed, int32_t num_ids,
                                  const int32_t* first_of_expert, int32_t not_routed) {
     EXPERTFLOW_NO_UNROLL
@@ -77,7 +91,6 @@ class BlockNeedScores {
       scores_[e] = expert_.score;
       if (model_.num_experts > block_.num_threads()) Store(e);
     }
-    block_.Sync();
   }
 
   EXPERTFLOW_DEVICE const int32_t* scores() const { return scores_; }
@@ -111,6 +124,7 @@ class BlockNeedScores {
 
  private:
   static constexpr int32_t kIdsAhead = 8;
+  static_assert(kIdsAhead <= Block::kWarpSize);
 
   // What the model has of an expert.
   struct OfExpert {
@@ -120,9 +134,6 @@ class BlockNeedScores {
     int32_t logit = 0;
   };
 
-  EXPERTFLOW_DEVICE uint32_t NumExperts() const {
-    return static_cast<uint32_t>(model_.num_experts);
-  }
   EXPERTFLOW_DEVICE OfExpert Read(int32_t e) const {
     return {state_.ahead_sums[e], Scores()[e], Frequency()[e]};
   }
@@ -140,11 +151,9 @@ class BlockNeedScores {
     WeightSum sum;
     if (is_ahead) sum = {expert_.sum_ahead, ahead_.num_inputs};
     const int32_t num_known = e == thread_ ? kIdsAhead : 0;
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kIdsAhead; ++k) {
-      const bool adds = (k < num_known) & (k < num_ids) & is_row(k, first_ids_[k]);
-      sum.sum += adds ? first_weights_[k] : 0;
-      sum.num_inputs += adds ? 1 : 0;
+    if (e == thread_) {
+      sum.sum += first_sum_;
+      sum.num_inputs += CountBits(first_rows_);
     }
     AddWeights(sum, model_, layer_, 0, e, routed, num_known, num_ids, is_row);
     // Mostly what is routed now is the first source alone.
@@ -188,8 +197,10 @@ class BlockNeedScores {
   int64_t number_ = 0;  // of the step
   int64_t source_steps_ = 0;
   OfExpert expert_{};  // that the thread is scoring
-  int32_t first_ids_[kIdsAhead]{};
-  int16_t first_weights_[kIdsAhead]{};  // of the thread's expert
+  uint64_t id_of_lane_ = 0;
+  uint32_t first_rows_ = 0;             // bits by place: which of the first ids are rows
+  int16_t first_weights_[kIdsAhead]{};  // of the thread's expert, by place
+  int32_t first_sum_ = 0;
 };
 
 }  // namespace expertflow

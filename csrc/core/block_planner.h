@@ -18,17 +18,18 @@
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that earlier work of the stream writes,
-// Min(value, other), atomic, CopyAsync(to, from), of a word into shared memory, for which
-// WaitForCopies() waits, Release(word, value), which lets the host see `value` only after all
-// that the block wrote before, and Mark(phase), which says that a phase has ended.
+// SyncWarp(), OfLane(value, lane) of the thread's warp, CopyAsync(to, from), of a word into shared
+// memory, for which WaitForCopies() waits, Release(word, value), which lets the host see `value`
+// only after all that the block wrote before, and Mark(phase), which says that a phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
 // the ids, the tick and every slot at once, one more, beside it, for the rows' own keys and what a
-// policy that learns knows of the experts, and five barriers, or six if it learns. Slots of other
-// layers are ranked meanwhile. Whether a routed expert is resident is seen by the thread that has
-// its slot (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads
-// from the expert to its slot. Rows that are resident and rows that are missing are finished by
-// different warps, at the same time.
+// policy that learns knows of the experts, and five barriers. Slots of other
+// layers are ranked meanwhile. Whether a routed expert is resident is told by the thread that has
+// its slot
+// (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
+// expert to its slot. Rows that are resident and rows that are missing are finished by different
+// warps, at the same time.
 
 namespace expertflow {
 
@@ -48,20 +49,24 @@ struct BlockPlannerShared {
 
 // Words of shared memory that the planner needs beside.
 EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_experts) {
+  constexpr auto kWordsOfSlot = static_cast<int32_t>(sizeof(SlotOfLayer) / sizeof(int32_t));
   const int32_t num_scores = policy == PolicyKind::kPredictedNeed ? num_experts : 0;
-  return num_experts + num_scores;
+  return (kWordsOfSlot + 1) * num_experts + num_scores;
 }
 
-template <class Policy, class Block>
+// kOneTile: as IsOneTile (core/own_slots.h) says; a kernel of less code, which takes less time.
+template <class Policy, class Block, bool kOneTile>
 class BlockPlanner {
  public:
-  // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too.
+  // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too, aligned for
+  // SlotOfLayer.
   EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* shared_words,
                                  const PlanningView& planning, const LayerPlanRequest& request)
       : block_(block),
         shared_(shared),
-        first_of_expert_(shared_words),
-        need_(block, shared_words + planning.table.num_experts, planning.need, request.layer),
+        of_layer_(reinterpret_cast<SlotOfLayer*>(shared_words)),
+        first_of_expert_(reinterpret_cast<int32_t*>(of_layer_ + planning.table.num_experts)),
+        need_(block, first_of_expert_ + planning.table.num_experts, planning.need, request.layer),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -69,25 +74,29 @@ class BlockPlanner {
   // Called by all threads, of which there are at least as many as ids.
   EXPERTFLOW_DEVICE void Run() {
     has_id_ = thread_ < request_.ids.count;
-    Slots own(block_, planning_, request_.layer, first_of_expert_);
+    Slots own(block_, planning_, request_.layer, first_of_expert_, of_layer_);
     PrepareShared();
     block_.Mark(PlanPhase::kPrepared);
     block_.WaitForPrevious();
     block_.Mark(PlanPhase::kReleased);
     NoteRouted(AskForAll(own));
-    if constexpr (kLearns) need_.AskForWeights();
+    if constexpr (kLearns) need_.AskForWeights(request_.ids.count);
     now_ = clock_.now + 1;
     const uint32_t least_of_others = own.RankOthers(now_);
-    // Of the warp already here: the compiler puts off what nothing needs before a barrier.
-    warp_least_ = block_.MinOfWarp(least_of_others);
-    block_.Sync();
-    block_.Mark(PlanPhase::kRouted);
-    if constexpr (kLearns) ObserveNeeds();
-    block_.Mark(PlanPhase::kScored);
-    const uint32_t least = RankRest(own, least_of_others);
+    ShareLeast(block_, shared_.selection, least_of_others);
+    if constexpr (kLearns) need_.SumFirstWeights();
     block_.WaitForCopies();
     block_.Sync();
+    block_.Mark(PlanPhase::kRouted);
+    has_bad_ids_ = shared_.num_bad_ids > 0;
+    if constexpr (kLearns) ObserveNeeds();
+    block_.Mark(PlanPhase::kScored);
+    const uint32_t least = Smaller(least_of_others, RankOfLayer(own));
+    SortLeast(block_, shared_.selection);
+    if constexpr (!kLearns) UseKey();
+    block_.Sync();
     block_.Mark(PlanPhase::kRanked);
+    if constexpr (kLearns) UseKey();
     CountRows(block_, shared_.residence, request_.ids.count, rows_);
     block_.Mark(PlanPhase::kCounted);
     const LayerPlanStatus status = TakeSlots(own, least);
@@ -102,15 +111,16 @@ class BlockPlanner {
     template <class... Anything>
     EXPERTFLOW_DEVICE explicit NoModel(Anything&&...) {}
   };
-  using Slots = OwnSlots<Policy, Block>;
+  using Slots = OwnSlots<Policy, Block, kOneTile>;
   // Reads nothing that an earlier kernel writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
       first_of_expert_[e] = Slots::kNotRouted;
+      of_layer_[e] = SlotOfLayer{};
     }
     if (has_id_) shared_.residence[thread_] = Residence::kMissing;
-    if (thread_ < kMaxBlockWarps) shared_.selection.warp_least[thread_] = kNoOrder;
+    if (thread_ < BlockSelection::kNumBins) shared_.selection.least[thread_] = kNoOrder;
     if (thread_ == 0) {
       shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
     }
@@ -123,13 +133,15 @@ class BlockPlanner {
     }
   }
 
-  // Asks for the ids, the tick and the slots, and returns the thread's id. The barrier keeps the
-  // compiler from using what has come before it has asked for all.
+  // Asks for the ids, the tick and the slots, and returns the thread's id. The barriers keep the
+  // compiler from asking for slots first, whose data come last, and from using what has come before
+  // it has asked for all.
   EXPERTFLOW_DEVICE uint64_t AskForAll(Slots& own) {
     uint64_t id = 0;
     if (has_id_) id = IdAt(request_.ids, thread_);
     clock_ = *request_.clock;
     if constexpr (kLearns) need_.Ask(request_.ids);
+    block_.SyncWarp();
     own.Load();
     block_.Sync();
     return id;
@@ -154,10 +166,9 @@ class BlockPlanner {
 
   // As Planner::ObserveNeeds does.
   EXPERTFLOW_DEVICE void ObserveNeeds() {
-    if (shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
+    if (has_bad_ids_ || !need_.IsNew(now_)) return;
     has_observed_ = true;
     need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
-    if (expert_ >= 0) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
   }
 
   EXPERTFLOW_DEVICE void RecordNeeds(LayerPlanStatus status) {
@@ -179,20 +190,25 @@ class BlockPlanner {
     }
   }
 
-  EXPERTFLOW_DEVICE uint32_t RankRest(Slots& own, uint32_t least_of_others) {
+  EXPERTFLOW_DEVICE uint32_t RankOfLayer(Slots& own) {
     if (has_id_ && !IsRow()) shared_.residence[thread_] = Residence::kRepeated;
     const int32_t* scores = nullptr;
     if constexpr (kLearns) scores = has_observed_ ? need_.scores() : nullptr;
-    const uint32_t least_of_rest =
-        own.RankRest(scores, [this](int32_t place, SlotId slot, bool in_flight) {
-          shared_.residence[place] = Residence::Of(slot, in_flight);
-        });
-    ShareLeast(block_, shared_.selection, Smaller(warp_least_, least_of_rest));
-    return Smaller(least_of_others, least_of_rest);
+    return own.RankOfLayer(
+        scores, [this](int32_t place, int32_t residence) { shared_.residence[place] = residence; });
+  }
+
+  // The key of the thread's expert, from this plan on.
+  EXPERTFLOW_DEVICE void UseKey() {
+    if (expert_ < 0) return;
+    if constexpr (kLearns) {
+      if (has_observed_) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
+    }
+    key_ = Policy::KeyOnUse(planning_.eviction, key_, now_);
   }
 
   EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
-    if (shared_.num_bad_ids > 0) return LayerPlanStatus::kBadExpertId;
+    if (has_bad_ids_) return LayerPlanStatus::kBadExpertId;
     if (rows_.total.misses == 0) return LayerPlanStatus::kPlanned;
     if (rows_.own == Residence::kMissing) shared_.missing[rows_.before.misses] = {key_, expert_};
     const int32_t num_found =
@@ -209,25 +225,26 @@ class BlockPlanner {
     const bool has_miss = planned && miss < rows_.total.misses;
     const PlanRow missing = has_miss ? MissingRow(miss) : PlanRow{};
     Occupant evicted{};
-    if (has_miss) evicted = OccupantOf(planning_, missing.slot);
+    if (has_miss) evicted = Slots::OccupantOf(shared_.selection.victims[miss].held);
     if (planned && rows_.own >= 0) {
       const bool hit = resident.state == RowState::kHit;
       WriteRow(hit ? rows_.before.hits : rows_.total.hits + rows_.before.loading, resident);
     }
     if (has_miss) WriteRow(rows_.total.hits + rows_.total.loading + miss, missing);
     WriteHeaders(status);
+    if (planned) {
+      if constexpr (std::is_same_v<Policy, OnDemand>) {
+        DropAllReady();
+        evicted = {};
+      }
+      if (has_miss) PlaceMissing(missing, evicted, shared_.missing[miss].key);
+      if (rows_.own >= 0) {
+        RecordUse(planning_, resident.slot, ToIndex(resident.expert), key_, now_,
+                  /*streaming=*/false);
+      }
+      if (thread_ == Bookkeeper()) Count();
+    }
     if constexpr (kLearns) RecordNeeds(status);
-    if (!planned) return;
-    if constexpr (std::is_same_v<Policy, OnDemand>) {
-      DropAllReady();
-      evicted = {};
-    }
-    if (rows_.own >= 0) {
-      RecordUse(planning_, resident.slot, ToIndex(resident.expert), KeyOnUse(key_), now_,
-                /*streaming=*/false);
-    }
-    if (has_miss) PlaceMissing(missing, evicted, shared_.missing[miss].key);
-    if (thread_ == Bookkeeper()) Count();
   }
 
   EXPERTFLOW_DEVICE PlanRow ResidentRow() const {
@@ -236,7 +253,7 @@ class BlockPlanner {
   }
 
   EXPERTFLOW_DEVICE PlanRow MissingRow(int32_t miss) const {
-    return {shared_.missing[miss].expert, static_cast<SlotId>(shared_.selection.victims[miss]),
+    return {shared_.missing[miss].expert, static_cast<SlotId>(shared_.selection.victims[miss].slot),
             RowState::kMiss, 0, kNoRow};
   }
 
@@ -294,7 +311,7 @@ class BlockPlanner {
   }
 
   EXPERTFLOW_DEVICE void PlaceMissing(const PlanRow& row, const Occupant& evicted, int64_t key) {
-    PlaceMiss(planning_, row.slot, evicted, ToIndex(row.expert), KeyOnUse(key), now_,
+    PlaceMiss(planning_, row.slot, evicted, ToIndex(row.expert), key, now_,
               /*streaming=*/false, Adder());
     if (request_.fetch == MissFetch::kSameStream) {
       planning_.table.slot_state[Index(row.slot)] = SlotState::kReady;
@@ -307,10 +324,6 @@ class BlockPlanner {
     Adder()(counts.hits, int64_t{rows_.total.hits});
     Adder()(counts.late_hits, int64_t{rows_.total.loading});
     Adder()(counts.misses, int64_t{rows_.total.misses});
-  }
-
-  EXPERTFLOW_DEVICE int64_t KeyOnUse(int64_t key) const {
-    return Policy::KeyOnUse(planning_.eviction, key, now_);
   }
 
   EXPERTFLOW_DEVICE auto Adder() {
@@ -326,6 +339,7 @@ class BlockPlanner {
 
   Block& block_;
   BlockPlannerShared& shared_;
+  SlotOfLayer* const of_layer_;     // [num_experts]
   int32_t* const first_of_expert_;  // [num_experts]
   std::conditional_t<kLearns, BlockNeedScores<Block>, NoModel> need_;
   PlanningView planning_;
@@ -334,12 +348,12 @@ class BlockPlanner {
 
   PlanClock clock_{};
   Tick now_ = 0;
-  uint32_t warp_least_ = kNoOrder;  // order of slots that hold nothing of the layer
   // Of this thread's id.
   bool has_id_ = false;
   int32_t expert_ = -1;
-  int64_t key_ = 0;  // before this plan
+  int64_t key_ = 0;
   CountedRows rows_;
+  bool has_bad_ids_ = false;
   bool has_observed_ = false;  // by the need model
 };
 

@@ -8,17 +8,17 @@
 
 // The victims of a plan, found by a block of threads: what Planner::Scan is on the host.
 //
-// Every thread offers the candidates of its own slots. The n-th smallest of the warps' minima is a
-// bound that at least n candidates keep, and not many more. Those that keep it go into a short
-// list, where each counts how many are smaller than itself, which is its place in the order. More
-// victims than there are warps take several passes. Until the list, ranks are compared by 32 bits
-// of theirs (OrderOf), which a warp reduces in one instruction; the list is exact.
+// Every thread offers the candidates of its own slots. Threads are dealt to bins; the n-th smallest
+// of the bins' minima is a bound that at least n candidates keep, and not many more. Those that
+// keep it go into a short list, where each counts how many are smaller than itself, which is its
+// place in the order. More victims than there are bins take several passes. Until the list, ranks
+// are compared by 32 bits of theirs (OrderOf); the list is exact.
 //
 // A `Block` is what a CUDA block gives its threads: kWarpSize, thread(), num_threads() (whole
-// warps), Sync(), within a warp Ballot(flag), MinOfWarp(value) and MaxOfWarp(value), and
-// Add(counter, amount), which is atomic and returns the value before. A `Source` has the calling
-// thread's candidates, some at once: VisitTiles(f) calls f(orders [kPerTile], candidate), where
-// candidate(k) is that of the k-th order; kNoOrder is none.
+// warps), Sync(), Ballot(flag) of a warp, and, atomic, Min(value, other) and Add(counter, amount),
+// which returns the value before. A `Source` has the calling thread's candidates, some at once:
+// VisitTiles(f) calls f(orders [kPerTile], candidate), where candidate(k) is the SlotCandidate of
+// the k-th order; kNoOrder is none.
 
 namespace expertflow {
 
@@ -29,75 +29,111 @@ constexpr int64_t kLowestRank = std::numeric_limits<int64_t>::min();
 constexpr uint32_t kNoOrder = std::numeric_limits<uint32_t>::max();  // above every order
 constexpr int32_t kHighestSlot = std::numeric_limits<int32_t>::max();
 
-// Never decreases with the rank, `key` or above all others if protected, and tells keys apart that
-// lie within 2^30 of `origin`; the rest is left to the list. In few instructions of 32 bits.
-EXPERTFLOW_HD inline uint32_t OrderOf(int64_t key, bool is_protected, int64_t origin) {
-  constexpr uint32_t kHighest = (uint32_t{1} << 31) - 2;
-  const uint64_t distance = static_cast<uint64_t>(key) - static_cast<uint64_t>(origin) + (1U << 30);
-  const auto high = static_cast<int32_t>(distance >> 32);
-  const auto low = static_cast<uint32_t>(distance);
-  const uint32_t at_most = (high > 0) | (low > kHighest) ? kHighest : low;
-  // The distance of an empty slot overflows.
-  const bool is_lowest = (high < 0) | ((key < 0) & !is_protected);
-  return (is_lowest ? 0 : at_most) | (is_protected ? uint32_t{1} << 31 : 0U);
-}
+// A Candidate with what its slot holds, so that nobody looks for that later.
+struct SlotCandidate {
+  int64_t rank;
+  int32_t slot;
+  int32_t held;  // not compared
+
+  EXPERTFLOW_HD friend bool operator<(const SlotCandidate& a, const SlotCandidate& b) {
+    return (a.rank < b.rank) | ((a.rank == b.rank) & (a.slot < b.slot));
+  }
+};
 
 EXPERTFLOW_HD inline uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
-// Lies in the shared memory of the block.
-struct BlockSelection {
-  // A plan of misses alone offers more, as the oldest slots lie side by side, in few warps: two
-  // passes over short lists take less time than one over a list of 128 or 256, as measured.
-  static constexpr int32_t kListCapacity = 64;
-
-  alignas(16) uint32_t warp_least[kMaxBlockWarps];  // the warps' smallest orders; at first kNoOrder
-  Candidate list[kListCapacity];
-  int32_t num_listed[2];  // of this list and of the next; 0 before the first pass
-  Candidate last;         // the last victim of the pass
-  int32_t victims[kMaxBlockVictims];
-};
-
-// Shares `least`, the smallest order of the thread's candidates; to be read after a barrier.
-template <class Block>
-EXPERTFLOW_DEVICE void ShareLeast(Block& block, BlockSelection& shared, uint32_t least) {
-  least = block.MinOfWarp(least);
-  if (block.thread() % Block::kWarpSize == 0) {
-    shared.warp_least[block.thread() / Block::kWarpSize] = least;
-  }
+// Never decreases with the rank, `key` or above all others if protected, nor, at equal ranks, with
+// the slot. Tells keys apart that lie within 2^(30 - kTieBits) of `origin`, of empty slots the
+// first, and by kTieBits the first slots of equal keys; the rest is left to the list. In few
+// instructions of 32 bits.
+template <int32_t kTieBits>
+EXPERTFLOW_HD inline uint32_t OrderOf(int64_t key, int32_t slot, bool is_protected,
+                                      int64_t origin) {
+  constexpr uint32_t kNumEmpty = 1U << 16;
+  constexpr uint32_t kHighest = (uint32_t{1} << 31) - 2 - kNumEmpty;
+  constexpr uint32_t kLastTie = (uint32_t{1} << kTieBits) - 1;
+  const uint64_t distance =
+      static_cast<uint64_t>(key) - static_cast<uint64_t>(origin) + (uint32_t{1} << (30 - kTieBits));
+  const auto high = static_cast<int32_t>(distance >> 32);
+  const auto low = static_cast<uint32_t>(distance);
+  const auto number = static_cast<uint32_t>(slot);
+  const uint32_t told_apart = (low << kTieBits) + Smaller(number, kLastTie);
+  const bool is_highest = (high > 0) | (low >= kHighest >> kTieBits);
+  const uint32_t at_most = is_highest ? kHighest : told_apart;
+  // The distance of an empty slot overflows.
+  const bool is_lowest = (high < 0) | ((key < 0) & !is_protected);
+  const uint32_t base = key == kEmptyKey ? Smaller(number, kNumEmpty) : kNumEmpty;
+  return (base + (is_lowest ? 0 : at_most)) | (is_protected ? uint32_t{1} << 31 : 0U);
 }
 
-// An order that at least `wanted` candidates do not exceed, and all candidates if there are fewer
-// warps that have any.
+// Lies in the shared memory of the block.
+struct BlockSelection {
+  static constexpr int32_t kNumBins = 32;
+  static constexpr int32_t kListCapacity = 64;  // a longer list takes longer than a second pass
+
+  struct Victim {
+    int32_t slot;
+    int32_t held;
+  };
+
+  alignas(16) uint32_t least[kNumBins];  // the bins' smallest orders; at first kNoOrder
+  uint32_t sorted[kNumBins];             // the same in order
+  SlotCandidate list[kListCapacity];
+  int32_t num_listed[2];  // of this list and of the next; 0 before the first pass
+  SlotCandidate last;     // the last victim of the pass
+  Victim victims[kMaxBlockVictims];
+};
+
+// Shares `least`, the smallest order of candidates of the thread. Neighbours share it with other
+// bins: their slots are often as old, and all of them victims.
 template <class Block>
-EXPERTFLOW_DEVICE uint32_t BoundOfOrders(Block& block, const BlockSelection& shared,
-                                         int32_t wanted) {
+EXPERTFLOW_DEVICE void ShareLeast(Block& block, BlockSelection& shared, uint32_t least) {
+  block.Min(shared.least[block.thread() % BlockSelection::kNumBins], least);
+}
+
+// Sorts what all threads have shared, behind a barrier; to be read behind another. The last warps
+// do it, since the first have more to do meanwhile. A warp takes some bins at once, and a lane
+// compares them with one.
+template <class Block>
+EXPERTFLOW_DEVICE void SortLeast(Block& block, BlockSelection& shared) {
+  constexpr int32_t kNumBins = BlockSelection::kNumBins;
+  constexpr int32_t kAtOnce = 4;
+  const int32_t lane = block.thread() % Block::kWarpSize;
   const int32_t num_warps = block.num_threads() / Block::kWarpSize;
-  uint32_t bound = 0;
+  const int32_t warp = num_warps - 1 - block.thread() / Block::kWarpSize;
   EXPERTFLOW_NO_UNROLL
-  for (int32_t i = block.thread() % Block::kWarpSize; i < num_warps; i += Block::kWarpSize) {
-    const uint32_t least = shared.warp_least[i];
-    int32_t num_smaller = 0;
-    EXPERTFLOW_NO_UNROLL
-    for (int32_t first = 0; first < num_warps; first += 4) {
+  for (int32_t first = kAtOnce * warp; first < kNumBins; first += kAtOnce * num_warps) {
+    uint32_t least[kAtOnce];
+    int32_t place[kAtOnce] = {};
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; ++k) least[k] = shared.least[first + k];
+    EXPERTFLOW_UNROLL
+    for (int32_t i = 0; i < kNumBins; i += Block::kWarpSize) {
+      const int32_t bin = i + lane;
+      const uint32_t of_bin = shared.least[bin];
       EXPERTFLOW_UNROLL
-      for (int32_t k = 0; k < 4; ++k) num_smaller += shared.warp_least[first + k] < least ? 1 : 0;
+      for (int32_t k = 0; k < kAtOnce; ++k) {
+        const bool is_before = (of_bin < least[k]) | ((of_bin == least[k]) & (bin < first + k));
+        place[k] += CountBits(block.Ballot(is_before));
+      }
     }
-    if (num_smaller < wanted && least > bound) bound = least;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; ++k) {
+      if (lane == k) shared.sorted[place[k]] = least[k];
+    }
   }
-  bound = block.MaxOfWarp(bound);
-  return bound < kNoOrder ? bound : kNoOrder - 1;
 }
 
 // Puts the listed candidates' places among the first `wanted` into `victims`; a warp for each
 // candidate, with the lanes comparing it until it is out.
 template <class Block>
 EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t num_listed,
-                                 int32_t wanted, int32_t* victims) {
+                                 int32_t wanted, BlockSelection::Victim* victims) {
   const int32_t lane = block.thread() % Block::kWarpSize;
   const int32_t num_warps = block.num_threads() / Block::kWarpSize;
   EXPERTFLOW_NO_UNROLL
   for (int32_t i = block.thread() / Block::kWarpSize; i < num_listed; i += num_warps) {
-    const Candidate candidate = shared.list[i];
+    const SlotCandidate candidate = shared.list[i];
     int32_t place = 0;
     EXPERTFLOW_NO_UNROLL
     for (int32_t first = 0; first < num_listed && place < wanted; first += Block::kWarpSize) {
@@ -105,7 +141,7 @@ EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t n
       place += CountBits(block.Ballot(j < num_listed && shared.list[j] < candidate));
     }
     if (lane != 0 || place >= wanted) continue;
-    victims[place] = candidate.slot;
+    victims[place] = {candidate.slot, candidate.held};
     if (place == wanted - 1) shared.last = candidate;
   }
 }
@@ -115,11 +151,11 @@ EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t n
 // every use.
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Source& source,
-                                      const Candidate& floor, uint32_t least, int32_t wanted,
-                                      int32_t* victims, int32_t& parity) {
+                                      const SlotCandidate& floor, uint32_t least, int32_t wanted,
+                                      BlockSelection::Victim* victims, int32_t& parity) {
   constexpr int32_t kListCapacity = BlockSelection::kListCapacity;
-  const uint32_t bound = BoundOfOrders(block, shared, wanted);
-  Candidate ceiling{kNoRank, kHighestSlot};
+  const uint32_t bound = Smaller(shared.sorted[wanted - 1], kNoOrder - 1);
+  SlotCandidate ceiling{kNoRank, kHighestSlot, 0};
   bool is_bounded = floor.slot >= 0;  // by more than orders
   for (;;) {
     int32_t& counter = shared.num_listed[parity];
@@ -133,7 +169,7 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
         if (is_bounded) {
           EXPERTFLOW_UNROLL
           for (int32_t k = 0; k < Source::kPerTile; ++k) {
-            const Candidate offered = candidate(k);
+            const SlotCandidate offered = candidate(k);
             const bool lies_between = (floor < offered) & !(ceiling < offered);
             kept &= lies_between ? ~uint32_t{0} : ~(uint32_t{1} << k);
           }
@@ -156,40 +192,57 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
     OrderList(block, shared, num_listed, wanted, victims);
     block.Sync();
     if (num_kept <= kListCapacity) return num_kept < wanted ? num_kept : wanted;
-    // Too many, because of equal orders or one crowded warp: what fitted gives a lower bound.
+    // Too many, because of equal orders or one crowded bin: what fitted gives a lower bound.
     ceiling = shared.last;
     is_bounded = true;
   }
 }
 
+// Shares and sorts the threads' smallest orders above `floor`, for another pass. Returns the
+// thread's own.
+template <class Block, class Source>
+EXPERTFLOW_DEVICE uint32_t SortAbove(Block& block, BlockSelection& shared, Source& source,
+                                     const SlotCandidate& floor) {
+  constexpr int32_t kNumBins = BlockSelection::kNumBins;
+  EXPERTFLOW_NO_UNROLL
+  for (int32_t i = block.thread(); i < kNumBins; i += block.num_threads()) {
+    shared.least[i] = kNoOrder;
+  }
+  block.Sync();
+  uint32_t least = kNoOrder;
+  source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < Source::kPerTile; ++k) {
+      const bool is_less = (floor < candidate(k)) & (orders[k] < least);
+      least = is_less ? orders[k] : least;
+    }
+  });
+  ShareLeast(block, shared, least);
+  block.Sync();
+  SortLeast(block, shared);
+  block.Sync();
+  return least;
+}
+
 // Fills `shared.victims` with the slots of the `count` smallest candidates, in order, and returns
-// how many there are; `count` is at least 1. Before, every thread has called ShareLeast with its
-// `least` and a barrier, and `shared.num_listed` is 0. All threads may read the result.
+// how many there are; `count` is at least 1. `least` is the thread's smallest order. Before, the
+// orders of some candidates, best of all, have been shared with ShareLeast and SortLeast, and
+// `shared.num_listed` is 0. All threads may read the result.
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectSmallest(Block& block, BlockSelection& shared, Source& source,
                                          uint32_t least, int32_t count) {
-  const int32_t num_warps = block.num_threads() / Block::kWarpSize;
-  Candidate floor{kLowestRank, -1};
+  SlotCandidate floor{kLowestRank, -1, 0};
   int32_t parity = 0;
   int32_t num_found = 0;
   for (;;) {
     const int32_t rest = count - num_found;
-    const int32_t wanted = rest < num_warps ? rest : num_warps;
+    const int32_t wanted = rest < BlockSelection::kNumBins ? rest : BlockSelection::kNumBins;
     const int32_t found = SelectAbove(block, shared, source, floor, least, wanted,
                                       shared.victims + num_found, parity);
     num_found += found;
     if (found < wanted || num_found == count) return num_found;
     floor = shared.last;
-    least = kNoOrder;
-    source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
-      EXPERTFLOW_UNROLL
-      for (int32_t k = 0; k < Source::kPerTile; ++k) {
-        const bool is_less = (floor < candidate(k)) & (orders[k] < least);
-        least = is_less ? orders[k] : least;
-      }
-    });
-    ShareLeast(block, shared, least);
-    block.Sync();
+    least = SortAbove(block, shared, source, floor);
   }
 }
 

@@ -5,158 +5,232 @@
 #include <type_traits>
 
 #include "core/block_selection.h"
+#include "core/four.h"
 #include "core/host_device.h"
 #include "core/ids.h"
+#include "core/plan_rows.h"
 #include "core/planning.h"
 #include "core/slot_table.h"
 
 namespace expertflow {
 
-// The slots of one thread. The warps take turns with groups of neighbours: so slots that were
-// filled one after the other, and are as old, are in several warps (see core/block_selection.h),
-// also those of a small range. A tile of them is held in registers; only a table of more than one
-// tile is read again with every visit.
-template <class Policy, class Block>
+// Neighbouring slots that a thread reads at once.
+constexpr int32_t kSlotNeighbours = 4;
+
+// How many threads have slots, if each has one tile.
+inline int32_t NumSlotReads(const SlotRange& range) {
+  return (range.end + kSlotNeighbours - 1) / kSlotNeighbours - range.begin / kSlotNeighbours;
+}
+
+// Whether a block of `num_threads` has one tile of slots and of experts.
+inline bool IsOneTile(const PlanningView& planning, int32_t layer, int32_t num_threads) {
+  return NumSlotReads(RangeOf(planning, layer)) <= num_threads &&
+         planning.table.num_experts <= num_threads;
+}
+
+// The slot of an expert of the layer, as the thread of the slot tells the thread of the expert.
+struct alignas(16) SlotOfLayer {
+  static constexpr int32_t kNone = -1;
+
+  int64_t key = 0;
+  uint32_t order = kNoOrder;
+  int32_t bits = kNone;  // 2 * its Residence + (1 unused)
+
+  EXPERTFLOW_HD int32_t residence() const { return bits >> 1; }
+  EXPERTFLOW_HD int32_t slot() const { return Index(Residence::Slot(residence())); }
+  EXPERTFLOW_HD int32_t unused() const { return bits & 1; }
+};
+
+// The slots of one thread: some neighbours, read at once, and those that hold the thread's experts
+// of the layer, once their own threads have told it. A tile of them is held in registers; only what
+// takes more than one tile is read again with every visit.
+template <class Policy, class Block, bool kOneTile>
 class OwnSlots {
  public:
-  static constexpr int32_t kPerTile = 4;
-  // Neighbours in a warp: fewer take more accesses to memory, more leave old slots in fewer warps.
-  static constexpr int32_t kGroup = Block::kWarpSize < 8 ? Block::kWarpSize : 8;
+  static constexpr int32_t kNeighbours = kSlotNeighbours;
+  static constexpr int32_t kPerTile = kNeighbours + 1;  // and that of an expert
   static constexpr int32_t kNotRouted = std::numeric_limits<int32_t>::max();
 
-  // `first_of_expert` [num_experts]: an expert's first place in the routed ids, or kNotRouted.
+  // In shared memory, by the layer's experts: `first_of_expert` an expert's first place in the
+  // routed ids, or kNotRouted, and `of_layer` the slots that hold them.
   EXPERTFLOW_DEVICE OwnSlots(const Block& block, const PlanningView& planning, int32_t layer,
-                             const int32_t* first_of_expert)
+                             const int32_t* first_of_expert, SlotOfLayer* of_layer)
       : planning_(planning),
         range_(RangeOf(planning, layer)),
         first_expert_(layer * planning.table.num_experts),
-        first_of_expert_(first_of_expert) {
-    const int32_t num_warps = block.num_threads() / Block::kWarpSize;
-    const int32_t warp = block.thread() / Block::kWarpSize;
-    const int32_t lane = block.thread() % Block::kWarpSize;
-    // One each where some warps would have none.
-    const bool is_small = range_.end - range_.begin < num_warps * kGroup;
-    const int32_t in_group = is_small ? 0 : lane % kGroup;
-    const int32_t group = is_small ? lane : lane / kGroup;
-    offset_ = (group * num_warps + warp) * (is_small ? 1 : kGroup) + in_group;
-    num_threads_ = block.num_threads();
-    tile_size_ = kPerTile * num_threads_;
-    spare_ = Exists(range_.begin, 0) ? SlotOf(range_.begin, 0) : range_.begin;
+        first_of_expert_(first_of_expert),
+        of_layer_(of_layer),
+        thread_(block.thread()),
+        num_threads_(block.num_threads()) {
+    tile_size_ = kNeighbours * num_threads_;
+    first_ = range_.begin / kNeighbours * kNeighbours + kNeighbours * thread_;
+    last_ = (range_.end - 1) / kNeighbours * kNeighbours;
   }
 
   // Asks for the first tile.
-  EXPERTFLOW_DEVICE void Load() { LoadTile(range_.begin); }
+  EXPERTFLOW_DEVICE void Load() { LoadTile(0); }
 
   // Ranks the slots for a plan at tick `now` and returns the smallest order of what may be taken,
-  // in two steps. First those of the first tile that hold nothing of the layer, about which nothing
-  // has to be known yet.
+  // in two steps. First those that hold nothing of the layer, about which nothing has to be known
+  // yet; the rest are told to the threads of their experts.
   EXPERTFLOW_DEVICE uint32_t RankOthers(Tick now) {
     now_ = now;
     origin_ = Policy::Origin(planning_.eviction, now);
-    return RankOfOthers(range_.begin);
+    uint32_t least = kNoOrder;
+    // A loop even for one tile: else the compiler ranks before all that comes before has been asked
+    // for, and has it wait for the slots.
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t tile = 0; HasSlots(tile); ++tile) {
+      if (tile > 0) LoadTile(tile);
+      RankTile(tile, [&](int32_t k, uint32_t order) { TellExpert(tile, k, order); });
+      EXPERTFLOW_UNROLL
+      for (int32_t k = 0; k < kNeighbours; ++k) least = Smaller(least, order_[k]);
+    }
+    return least;
   }
 
-  // Then the rest. `scores` [num_experts], in shared memory: of the layer's experts, if they are
-  // new (PredictedNeed), or nullptr. What is routed is kept from being taken: calls found(place in
-  // the ids, slot, whether it is in flight) for each.
+  // Then, behind a barrier, the rest. `scores` [num_experts]: of the layer's experts, if they are
+  // new (PredictedNeed), or nullptr; a thread reads those of its own. What is routed is kept from
+  // being taken: calls found(place in the ids, its Residence) for each.
   template <class Found>
-  EXPERTFLOW_DEVICE uint32_t RankRest(const int32_t* scores, Found&& found) {
-    scores_ = scores;
-    uint32_t least = RankOfLayer(range_.begin, found);
+  EXPERTFLOW_DEVICE uint32_t RankOfLayer(const int32_t* scores, Found&& found) {
+    uint32_t least = kNoOrder;
     EXPERTFLOW_NO_UNROLL
-    for (int32_t first = range_.begin + tile_size_; first < range_.end; first += tile_size_) {
-      LoadTile(first);
-      least = Smaller(least, RankTile(first, found));
+    for (int32_t tile = 0; IsTile(tile); ++tile) {
+      const int32_t e = ExpertOf(tile);
+      if (e >= planning_.table.num_experts) break;
+      SlotOfLayer held = of_layer_[e];
+      const int32_t place = first_of_expert_[e];
+      if (held.bits == SlotOfLayer::kNone) continue;
+      const bool in_flight = Residence::InFlight(held.residence());
+      if (scores != nullptr) TakeScore(held, scores[e]);
+      if (place != kNotRouted) found(place, held.residence());
+      if (place != kNotRouted || in_flight) held.order = kNoOrder;
+      of_layer_[e] = held;
+      least = Smaller(least, held.order);
     }
+    order_[kNeighbours] = OrderOfExpert(0);
     return least;
   }
 
   // As core/block_selection.h says; slots that may not be taken have no order.
   template <class Visitor>
   EXPERTFLOW_DEVICE void VisitTiles(Visitor&& visit) {
-    const bool fits_registers = range_.end - range_.begin <= tile_size_;
     EXPERTFLOW_NO_UNROLL
-    for (int32_t first = range_.begin; first < range_.end; first += tile_size_) {
-      if (!fits_registers) {
-        LoadTile(first);
-        RankTile(first, [](int32_t, SlotId, bool) {});
+    for (int32_t tile = 0; IsTile(tile); ++tile) {
+      if (IsTile(1)) {
+        LoadTile(tile);
+        RankTile(tile, [](int32_t, uint32_t) {});
+        order_[kNeighbours] = OrderOfExpert(tile);
       }
       visit(order_, [&](int32_t k) {
-        const bool is_protected = order_[k] >> 31 != 0;
-        return Candidate{use_[k].key + (is_protected ? kProtected : 0), SlotOf(first, k)};
+        return k < kNeighbours ? NeighbourAsCandidate(tile, k) : ExpertAsCandidate(tile);
       });
     }
+  }
+
+  // What a SlotCandidate of these slots says of its slot.
+  EXPERTFLOW_DEVICE static Occupant OccupantOf(int32_t held) {
+    return {static_cast<ExpertIndex>(held >> 1), (held & 1) != 0};
   }
 
  private:
   static constexpr bool kOnDemand = std::is_same_v<Policy, OnDemand>;
 
-  EXPERTFLOW_DEVICE int32_t SlotOf(int32_t first, int32_t k) const {
-    return first + offset_ + k * num_threads_;
+  // Whether some thread has slots, or anything, in a tile.
+  EXPERTFLOW_DEVICE bool HasSlots(int32_t tile) const {
+    return SlotOf(tile, 0) - kNeighbours * thread_ < range_.end;
+  }
+  EXPERTFLOW_DEVICE bool IsTile(int32_t tile) const {
+    if constexpr (kOneTile) return tile == 0;
+    return HasSlots(tile) | (tile * num_threads_ < planning_.table.num_experts);
   }
 
-  EXPERTFLOW_DEVICE bool Exists(int32_t first, int32_t k) const {
-    return SlotOf(first, k) < range_.end;
+  EXPERTFLOW_DEVICE int32_t SlotOf(int32_t tile, int32_t k) const {
+    return first_ + tile * tile_size_ + k;
+  }
+  EXPERTFLOW_DEVICE int32_t ExpertOf(int32_t tile) const { return tile * num_threads_ + thread_; }
+
+  EXPERTFLOW_DEVICE bool Exists(int32_t tile, int32_t k) const {
+    const int32_t slot = SlotOf(tile, k);
+    return (slot >= range_.begin) & (slot < range_.end);
   }
 
   // Without branches, and uses nothing that it loads: all loads are on their way at once.
-  EXPERTFLOW_DEVICE void LoadTile(int32_t first) {
+  EXPERTFLOW_DEVICE void LoadTile(int32_t tile) {
     const SlotTableView& table = planning_.table;
+    const int32_t first = SlotOf(tile, 0) < last_ ? SlotOf(tile, 0) : last_;
+    key_ = ReadFour(table.slot_key, first);
+    needed_ = ReadFour(table.slot_needed, first);
+    predicted_ = ReadFour(table.slot_predicted, first);
+    expert_ = ReadFour(table.slot_expert, first);
+    states_ = ReadFourBytes(table.slot_state, first);
+    unused_ = ReadFourBytes(table.slot_unused, first);
+  }
+
+  // Calls tell(k, order) for slots of an expert of the layer. What may be taken is as MayTake says;
+  // no slot can be of the plan yet: its tick is new. Without branches that some lanes would take,
+  // but to tell.
+  template <class Tell>
+  EXPERTFLOW_DEVICE void RankTile(int32_t tile, Tell&& tell) {
     EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kPerTile; ++k) {
-      const int32_t at = Exists(first, k) ? SlotOf(first, k) : spare_;
-      use_[k] = UseOf(table, at);
-      expert_[k] = table.slot_expert[at];
-      state_[k] = table.slot_state[at];
+    for (int32_t k = 0; k < kNeighbours; ++k) {
+      const bool is_dropped = kOnDemand & (State(k) == SlotState::kReady);
+      if (is_dropped) key_.of[k] = kEmptyKey;
+      const uint32_t order = Order(tile, k);
+      const bool is_of_layer = Exists(tile, k) & !is_dropped & (LocalExpert(k) < NumExperts());
+      const bool may_take = Exists(tile, k) & !is_of_layer & !InFlight(State(k));
+      if (is_of_layer) tell(k, order);
+      order_[k] = order | (may_take ? 0 : kNoOrder);
     }
   }
 
-  template <class Found>
-  EXPERTFLOW_DEVICE uint32_t RankTile(int32_t first, Found&& found) {
-    const uint32_t least = RankOfOthers(first);
-    return Smaller(least, RankOfLayer(first, found));
+  EXPERTFLOW_DEVICE void TellExpert(int32_t tile, int32_t k, uint32_t order) {
+    const auto slot = static_cast<SlotId>(SlotOf(tile, k));
+    const int32_t residence = Residence::Of(slot, InFlight(State(k)));
+    of_layer_[LocalExpert(k)] = {key_.of[k], order, 2 * residence + Unused(k)};
   }
 
-  // What may be taken is as MayTake says; no slot can be of the plan yet: its tick is new. Without
-  // branches that some lanes would take.
-  EXPERTFLOW_DEVICE uint32_t RankOfOthers(int32_t first) {
-    uint32_t least = kNoOrder;
-    is_of_layer_ = 0;
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kPerTile; ++k) {
-      const bool is_dropped = kOnDemand & (state_[k] == SlotState::kReady);
-      if (is_dropped) use_[k].key = kEmptyKey;
-      const bool is_of_layer = Exists(first, k) & !is_dropped & (LocalExpert(k) < NumExperts());
-      const bool may_take = Exists(first, k) & !is_of_layer & !InFlight(state_[k]);
-      is_of_layer_ |= is_of_layer ? uint32_t{1} << k : 0;
-      order_[k] = Order(k) | (may_take ? 0 : kNoOrder);
-      least = Smaller(least, order_[k]);
-    }
-    return least;
+  // What PredictedNeed::RecordScore does to a slot.
+  EXPERTFLOW_DEVICE void TakeScore(SlotOfLayer& held, int32_t score) {
+    if (held.key < 0) return;
+    planning_.table.slot_key[held.slot()] = held.key = PredictedNeed::KeyOf(score);
+    held.order = OrderOf<Policy::kTieBits>(held.key, held.slot(), IsProtected(held.order), origin_);
   }
 
-  template <class Found>
-  EXPERTFLOW_DEVICE uint32_t RankOfLayer(int32_t first, Found&& found) {
-    uint32_t least = kNoOrder;
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kPerTile; ++k) {
-      if ((is_of_layer_ >> k & 1) == 0) continue;
-      const int32_t slot = SlotOf(first, k);
-      const bool in_flight = InFlight(state_[k]);
-      if constexpr (std::is_same_v<Policy, PredictedNeed>) {
-        if (scores_ != nullptr) TakeScore(k, slot, scores_[LocalExpert(k)]);
-      }
-      const int32_t place = first_of_expert_[LocalExpert(k)];
-      if (place != kNotRouted) found(place, static_cast<SlotId>(slot), in_flight);
-      if (place == kNotRouted && !in_flight) order_[k] = Order(k);
-      least = Smaller(least, order_[k]);
-    }
-    return least;
+  EXPERTFLOW_DEVICE uint32_t OrderOfExpert(int32_t tile) const {
+    const int32_t e = ExpertOf(tile);
+    return e < planning_.table.num_experts ? of_layer_[e].order : kNoOrder;
   }
 
-  EXPERTFLOW_DEVICE uint32_t Order(int32_t k) const {
-    return OrderOf(use_[k].key, Policy::IsProtected(planning_.eviction, use_[k], now_), origin_);
+  EXPERTFLOW_DEVICE SlotCandidate NeighbourAsCandidate(int32_t tile, int32_t k) const {
+    return {key_.of[k] + (IsProtected(order_[k]) ? kProtected : 0), SlotOf(tile, k),
+            2 * Index(expert_.of[k]) + Unused(k)};
   }
+
+  // Only where there is an order.
+  EXPERTFLOW_DEVICE SlotCandidate ExpertAsCandidate(int32_t tile) const {
+    const int32_t e = ExpertOf(tile);
+    if (order_[kNeighbours] == kNoOrder) return {kNoRank, kHighestSlot, 0};
+    const SlotOfLayer held = of_layer_[e];
+    return {held.key + (IsProtected(held.order) ? kProtected : 0), held.slot(),
+            2 * (first_expert_ + e) + held.unused()};
+  }
+
+  EXPERTFLOW_DEVICE uint32_t Order(int32_t tile, int32_t k) const {
+    const SlotUse use{key_.of[k], needed_.of[k], predicted_.of[k]};
+    const bool is_protected = Policy::IsProtected(planning_.eviction, use, now_);
+    return OrderOf<Policy::kTieBits>(use.key, SlotOf(tile, k), is_protected, origin_);
+  }
+
+  EXPERTFLOW_DEVICE SlotState State(int32_t k) const {
+    return static_cast<SlotState>(states_ >> 8 * k & 0xff);
+  }
+  EXPERTFLOW_DEVICE int32_t Unused(int32_t k) const {
+    return static_cast<int32_t>(unused_ >> 8 * k & 1);
+  }
+
+  EXPERTFLOW_DEVICE static bool IsProtected(uint32_t order) { return order >> 31 != 0; }
 
   EXPERTFLOW_DEVICE uint32_t NumExperts() const {
     return static_cast<uint32_t>(planning_.table.num_experts);
@@ -164,31 +238,27 @@ class OwnSlots {
 
   // Out of the layer's range if it is of another layer.
   EXPERTFLOW_DEVICE uint32_t LocalExpert(int32_t k) const {
-    return static_cast<uint32_t>(Index(expert_[k]) - first_expert_);
-  }
-
-  // What PredictedNeed::RecordScore does to a slot.
-  EXPERTFLOW_DEVICE void TakeScore(int32_t k, int32_t slot, int32_t score) {
-    if (use_[k].key < 0) return;
-    planning_.table.slot_key[slot] = use_[k].key = PredictedNeed::KeyOf(score);
+    return static_cast<uint32_t>(Index(expert_.of[k]) - first_expert_);
   }
 
   const PlanningView& planning_;
   const SlotRange range_;
   const int32_t first_expert_;
   const int32_t* const first_of_expert_;
-  const int32_t* scores_ = nullptr;
-  int32_t num_threads_;
-  int32_t tile_size_;
-  int32_t offset_;  // of the thread's first slot in a tile
-  int32_t spare_;   // read where no slot exists; the thread's own if there are several tiles,
-                    // since others write to theirs meanwhile
+  SlotOfLayer* const of_layer_;
+  const int32_t thread_;
+  const int32_t num_threads_;
+  int32_t tile_size_;  // in slots
+  int32_t first_;      // the thread's first slot in the first tile
+  int32_t last_;       // the last that can be read with its neighbours
   Tick now_ = 0;
   int64_t origin_ = 0;
-  SlotUse use_[kPerTile];
-  ExpertIndex expert_[kPerTile];
-  SlotState state_[kPerTile];
-  uint32_t is_of_layer_ = 0;  // bits by k: of an expert of the layer
+  Four<int64_t> key_{};
+  Four<Tick> needed_{};
+  Four<Tick> predicted_{};
+  Four<ExpertIndex> expert_{};
+  uint32_t states_ = 0;
+  uint32_t unused_ = 0;
   uint32_t order_[kPerTile];  // kNoOrder: not to be taken
 };
 

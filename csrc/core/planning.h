@@ -122,7 +122,7 @@ EXPERTFLOW_HD inline void CountEviction(const PlanningView& planning, const Occu
 template <class Add>
 EXPERTFLOW_HD inline void Replace(const PlanningView& planning, SlotId slot,
                                   const Occupant& evicted, ExpertIndex expert, const Add& add) {
-  Assign(planning.table, slot, expert, add);
+  Assign(planning.table, slot, evicted.expert, expert, add);
   CountEviction(planning, evicted, add);
 }
 

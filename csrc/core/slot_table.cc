@@ -20,7 +20,7 @@ size_t Checked(int64_t count, const char* what) {
 SlotTable::SlotTable(int32_t num_layers, int32_t num_experts, int32_t num_slots) {
   Checked(num_layers, "num_layers");
   Checked(num_experts, "num_experts");
-  const size_t slots = Checked(num_slots, "num_slots");
+  const size_t slots = Checked((int64_t{num_slots} + 3) / 4 * 4, "num_slots, in fours,");
   const size_t experts =
       Checked(int64_t{num_layers} * num_experts, "the number of experts in all layers");
   expert_slot_.assign(experts, SlotId::kNone);

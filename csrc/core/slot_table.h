@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/host_device.h"
 #include "core/ids.h"
 
 namespace expertflow {
@@ -22,7 +23,8 @@ constexpr int64_t kStreamedKey = -1;
 constexpr Tick kNever = -1;
 constexpr int64_t kNeverUsed = -(int64_t{1} << 60);  // an `expert_key` before the first use
 
-// Who is where: flat arrays of plain data, in host or device memory.
+// Who is where: flat arrays of plain data, in host or device memory. Those of slots can be
+// read four at once (core/four.h), also the last.
 struct SlotTableView {
   int32_t num_layers;
   int32_t num_experts;  // per layer
@@ -53,17 +55,20 @@ EXPERTFLOW_HD inline bool InFlight(SlotState state) {
   return state == SlotState::kPosted || state == SlotState::kSubmitted;
 }
 
-// Empties a slot: its expert is no longer resident.
-EXPERTFLOW_HD inline void Unassign(const SlotTableView& table, SlotId slot) {
+// Empties a slot, which holds `held`: that is no longer resident.
+EXPERTFLOW_HD inline void Unassign(const SlotTableView& table, SlotId slot, ExpertIndex held) {
   const int32_t s = Index(slot);
-  const ExpertIndex expert = table.slot_expert[s];
-  if (expert != ExpertIndex::kNone) table.expert_slot[Index(expert)] = SlotId::kNone;
+  if (held != ExpertIndex::kNone) table.expert_slot[Index(held)] = SlotId::kNone;
   table.slot_expert[s] = ExpertIndex::kNone;
   table.slot_state[s] = SlotState::kEmpty;
   table.slot_key[s] = kEmptyKey;
   table.slot_needed[s] = kNever;
   table.slot_predicted[s] = kNever;
   table.slot_unused[s] = 0;
+}
+
+EXPERTFLOW_HD inline void Unassign(const SlotTableView& table, SlotId slot) {
+  Unassign(table, slot, table.slot_expert[Index(slot)]);
 }
 
 // How functions add to a counter where one thread does all the planning. Threads that plan together
@@ -75,17 +80,21 @@ struct AddPlainly {
   }
 };
 
-// Gives a slot that is not in flight to `expert`, which must not be resident; whatever the slot
-// held is evicted.
-template <class Add = AddPlainly>
-EXPERTFLOW_HD inline void Assign(const SlotTableView& table, SlotId slot, ExpertIndex expert,
-                                 const Add& add = {}) {
-  Unassign(table, slot);
+// Gives a slot that is not in flight and holds `held` to `expert`, which must not be resident; what
+// the slot held is evicted.
+template <class Add>
+EXPERTFLOW_HD inline void Assign(const SlotTableView& table, SlotId slot, ExpertIndex held,
+                                 ExpertIndex expert, const Add& add) {
+  Unassign(table, slot, held);
   const int32_t s = Index(slot);
   table.slot_expert[s] = expert;
   table.slot_state[s] = SlotState::kPosted;
   add(table.slot_generation[s], uint32_t{1});
   table.expert_slot[Index(expert)] = slot;
+}
+
+EXPERTFLOW_HD inline void Assign(const SlotTableView& table, SlotId slot, ExpertIndex expert) {
+  Assign(table, slot, table.slot_expert[Index(slot)], expert, AddPlainly());
 }
 
 // Owns the arrays of a table in host memory. All slots start empty.

@@ -14,7 +14,7 @@ namespace expertflow {
 // The `Block` of core/block_selection.h and core/block_planner.h.
 struct CudaBlock {
   static constexpr int32_t kWarpSize = 32;
-  static constexpr int32_t kMaxThreads = 768;  // with 80 registers each
+  static constexpr int32_t kMaxThreads = 640;  // with 96 registers each
   static constexpr unsigned kAllLanes = 0xffffffffU;
 
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }
@@ -26,9 +26,11 @@ struct CudaBlock {
   }
   __device__ void Mark(PlanPhase) {}
   __device__ void Sync() { __syncthreads(); }
+  __device__ void SyncWarp() { __syncwarp(); }
   __device__ uint32_t Ballot(bool flag) { return __ballot_sync(kAllLanes, flag); }
-  __device__ uint32_t MinOfWarp(uint32_t value) { return __reduce_min_sync(kAllLanes, value); }
-  __device__ uint32_t MaxOfWarp(uint32_t value) { return __reduce_max_sync(kAllLanes, value); }
+  __device__ uint32_t OfLane(uint32_t value, int32_t lane) {
+    return __shfl_sync(kAllLanes, value, lane);
+  }
   __device__ int32_t Add(int32_t& counter, int32_t amount) { return atomicAdd(&counter, amount); }
   __device__ uint32_t Add(uint32_t& counter, uint32_t amount) {
     return atomicAdd(&counter, amount);
@@ -38,6 +40,7 @@ struct CudaBlock {
                                           static_cast<unsigned long long>(amount)));
   }
   __device__ void Min(int32_t& value, int32_t other) { atomicMin(&value, other); }
+  __device__ void Min(uint32_t& value, uint32_t other) { atomicMin(&value, other); }
   __device__ void CopyAsync(int32_t& to, const int32_t& from) {
     __pipeline_memcpy_async(&to, &from, sizeof to);
   }

@@ -29,14 +29,14 @@ __device__ int32_t FetchParameter(const Parameter& parameter) {
   return fetched;
 }
 
-template <class Policy, class Block>
-__global__ void __launch_bounds__(CudaBlock::kMaxThreads)
+template <class Policy, class Block, bool kOneTile>
+__global__ void __launch_bounds__(CudaBlock::kMaxThreads, 1)
     PlanLayerKernel(const __grid_constant__ PlanningView planning,
                     const __grid_constant__ LayerPlanRequest request, Block block) {
   __shared__ BlockPlannerShared shared;
-  extern __shared__ int32_t shared_words[];
+  extern __shared__ __align__(16) int32_t shared_words[];
   if (threadIdx.x == 0) shared.fetched = FetchParameter(planning) ^ FetchParameter(request);
-  BlockPlanner<Policy, Block>(block, shared, shared_words, planning, request).Run();
+  BlockPlanner<Policy, Block, kOneTile>(block, shared, shared_words, planning, request).Run();
 }
 
 inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t limit) {
@@ -60,16 +60,14 @@ inline void CheckNeedModel(const PlanningView& planning) {
   throw std::invalid_argument("the planner kernel needs a need model: make one with DevicePlanner");
 }
 
-// Few slots for each thread, so that they are read at once, a thread for every id, and enough warps
-// to find a token's victims in one pass.
+// Few slots for each thread, so that they are read at once, a thread for every id and every expert,
+// and enough warps to find a token's victims in one pass.
 inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRequest& request) {
   constexpr int32_t kMinWarps = 8;
   constexpr int32_t kMaxWarps = CudaBlock::kMaxThreads / CudaBlock::kWarpSize;
   static_assert(kMaxWarps <= kMaxBlockWarps && CudaBlock::kMaxThreads >= kMaxRoutedIds);
-  constexpr int32_t kPerTile = OwnSlots<Lru, CudaBlock>::kPerTile;
-  const SlotRange range = RangeOf(planning, request.layer);
-  const int32_t wanted =
-      std::max((range.end - range.begin + kPerTile - 1) / kPerTile, request.ids.count);
+  const int32_t num_reads = NumSlotReads(RangeOf(planning, request.layer));
+  const int32_t wanted = std::max({num_reads, planning.table.num_experts, request.ids.count});
   const int32_t num_warps = (wanted + CudaBlock::kWarpSize - 1) / CudaBlock::kWarpSize;
   return std::clamp(num_warps, kMinWarps, kMaxWarps) * CudaBlock::kWarpSize;
 }
@@ -86,14 +84,17 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
   CheckPlannable(request.ids.count >= 0 && request.ids.count <= kMaxRoutedIds, "routed ids",
                  request.ids.count, kMaxRoutedIds);
   CheckShared(planning, sizeof(BlockPlannerShared), shared_bytes);
-  const auto num_threads = static_cast<unsigned>(NumPlannerThreads(planning, request));
+  const int32_t num_threads = NumPlannerThreads(planning, request);
+  const bool is_one_tile = IsOneTile(planning, request.layer, num_threads);
   WithPolicy(planning.policy, [&]<class Policy>(Policy) {
-    const auto* kernel = reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block>);
+    const auto* kernel =
+        is_one_tile ? reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, true>)
+                    : reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, false>);
     void* arguments[] = {const_cast<PlanningView*>(&planning),
                          const_cast<LayerPlanRequest*>(&request), &block};
     LaunchOverlapped({.kernel = kernel,
                       .num_blocks = 1,
-                      .num_threads = num_threads,
+                      .num_threads = static_cast<unsigned>(num_threads),
                       .shared_bytes = shared_bytes},
                      arguments, stream);
   });

@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "core/block_need_learner.h"
@@ -72,8 +73,14 @@ class CpuBlockPlanner {
                                    .host_plan = &host_plan_};
     WithPolicy(planning_.policy, [&]<class Policy>(Policy) {
       int32_t* words = SharedWords(NumPlannerWords(planning_.policy, planning_.table.num_experts));
-      RunHostBlock(NumThreads(request.ids.count), [&](HostBlock& block) {
-        BlockPlanner<Policy, HostBlock>(block, *shared_, words, planning_, request).Run();
+      const int32_t num_threads = NumThreads(request.ids.count);
+      const bool is_one_tile = IsOneTile(planning_, layer, num_threads);
+      RunHostBlock(num_threads, [&](HostBlock& block) {
+        const auto run = [&]<bool kOneTile>(std::bool_constant<kOneTile>) {
+          BlockPlanner<Policy, HostBlock, kOneTile>(block, *shared_, words, planning_, request)
+              .Run();
+        };
+        is_one_tile ? run(std::true_type()) : run(std::false_type());
       });
     });
     ExpectEqualPlans(host_plan_, plan_);
@@ -97,7 +104,7 @@ class CpuBlockPlanner {
   }
 
   int32_t* SharedWords(int32_t num_words) {
-    words_.resize(static_cast<size_t>(num_words));
+    words_.resize(static_cast<size_t>(num_words));  // memory is aligned to 16 bytes
     return words_.data();
   }
 

@@ -16,9 +16,10 @@
 namespace expertflow {
 namespace {
 
-uint32_t OrderOfRank(int64_t rank, int64_t origin) {
+template <int32_t kTieBits = 0>
+uint32_t OrderOfRank(int64_t rank, int64_t origin, int32_t slot = 0) {
   const bool is_protected = rank >= kProtected / 2;
-  return OrderOf(is_protected ? rank - kProtected : rank, is_protected, origin);
+  return OrderOf<kTieBits>(is_protected ? rank - kProtected : rank, slot, is_protected, origin);
 }
 
 // Slot s belongs to thread s % num_threads.
@@ -36,11 +37,11 @@ struct RankSource {
     for (int32_t first = thread; first < num_ranks; first += kPerTile * num_threads) {
       const auto candidate = [&](int32_t k) {
         const int32_t s = first + k * num_threads;
-        return Candidate{s < num_ranks ? ranks[static_cast<size_t>(s)] : kNoRank, s};
+        return SlotCandidate{s < num_ranks ? ranks[static_cast<size_t>(s)] : kNoRank, s, -s};
       };
       const auto order = [&](int32_t k) {
         const int64_t rank = candidate(k).rank;
-        return rank == kNoRank ? kNoOrder : OrderOfRank(rank, origin);
+        return rank == kNoRank ? kNoOrder : OrderOfRank(rank, origin, candidate(k).slot);
       };
       const uint32_t orders[kPerTile] = {order(0), order(1)};
       visit(orders, candidate);
@@ -51,7 +52,7 @@ struct RankSource {
 std::vector<int32_t> SelectOnBlock(const std::vector<int64_t>& ranks, int32_t count,
                                    int32_t num_threads, int64_t origin) {
   auto shared = std::make_unique<BlockSelection>();
-  std::ranges::fill(shared->warp_least, kNoOrder);
+  std::ranges::fill(shared->least, kNoOrder);
   std::vector<int32_t> num_found(static_cast<size_t>(num_threads));
   RunHostBlock(num_threads, [&](HostBlock& block) {
     RankSource source{ranks, origin, block.thread(), block.num_threads()};
@@ -61,12 +62,20 @@ std::vector<int32_t> SelectOnBlock(const std::vector<int64_t>& ranks, int32_t co
     });
     ShareLeast(block, *shared, least);
     block.Sync();
+    SortLeast(block, *shared);
+    block.Sync();
     num_found[static_cast<size_t>(block.thread())] =
         SelectSmallest(block, *shared, source, least, count);
   });
   EXPECT_EQ(std::ranges::count(num_found, num_found.front()), num_threads)
       << "the threads disagree";
-  return {shared->victims, shared->victims + num_found.front()};
+  std::vector<int32_t> slots;
+  for (int32_t i = 0; i < num_found.front(); ++i) {
+    const auto [slot, held] = shared->victims[i];
+    EXPECT_EQ(held, -slot) << "of another slot";
+    slots.push_back(slot);
+  }
+  return slots;
 }
 
 std::vector<int32_t> SelectBySorting(const std::vector<int64_t>& ranks, int32_t count) {
@@ -110,10 +119,10 @@ TEST(BlockSelectionTest, ManyMoreEqualRanksThanTheListHolds) {
   ExpectAsSorted(std::vector<int64_t>(1000, kEmptyKey), 20, 64);
 }
 
-TEST(BlockSelectionTest, MoreSmallRanksInOneWarpThanTheListHolds) {
+TEST(BlockSelectionTest, MoreSmallRanksInOneBinThanTheListHolds) {
   std::vector<int64_t> ranks(3000);
   for (size_t s = 0; s < ranks.size(); ++s) {
-    ranks[s] = static_cast<int64_t>(s % 32 < HostBlock::kWarpSize ? s : 1'000'000 - s);
+    ranks[s] = static_cast<int64_t>(s % BlockSelection::kNumBins == 3 ? s : 1'000'000 - s);
   }
   ExpectAsSorted(ranks, 8);
   ExpectAsSorted(ranks, 17);
@@ -152,6 +161,26 @@ TEST(BlockSelectionTest, OrdersAreNeverAgainstTheRanks) {
   }
   EXPECT_LT(OrderOfRank(999, 1'000), OrderOfRank(1'000, 1'000))
       << "near the origin all are told apart";
+}
+
+TEST(BlockSelectionTest, OrdersTellSlotsOfEqualKeysApart) {
+  constexpr int64_t kOrigin = int64_t{1} << 40;
+  for (const int64_t near : {-131'072, -1, 0, 131'071}) {
+    const auto order = [=](int64_t more, int32_t slot) {
+      return OrderOfRank<12>(kOrigin + near + more, kOrigin, slot);
+    };
+    EXPECT_LT(order(0, 0), order(0, 1));
+    EXPECT_LT(order(0, 1), order(0, 4094));
+    EXPECT_LE(order(0, 4095), order(0, 100'000));
+    EXPECT_LT(order(0, 100'000), order(1, 0));
+  }
+  const auto far = int64_t{1} << 30;
+  EXPECT_LE(OrderOfRank<12>(kOrigin - far, kOrigin, 4095),
+            OrderOfRank<12>(kOrigin - far + 1, kOrigin, 0));
+  EXPECT_LE(OrderOfRank<12>(kOrigin + far, kOrigin, 4095),
+            OrderOfRank<12>(kOrigin + far + 1, kOrigin, 0));
+  EXPECT_LT(OrderOfRank(kEmptyKey, kOrigin, 1), OrderOfRank(kEmptyKey, kOrigin, 2));
+  EXPECT_LE(OrderOfRank(kEmptyKey, kOrigin, 100'000), OrderOfRank(-1, kOrigin, 0));
 }
 
 TEST(BlockSelectionTest, RandomSizesAndShares) {

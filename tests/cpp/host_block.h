@@ -35,7 +35,7 @@ class HostBlockState {
 // threads are many of them.
 class HostBlock {
  public:
-  static constexpr int32_t kWarpSize = 4;
+  static constexpr int32_t kWarpSize = 8;
 
   HostBlock(HostBlockState& state, int32_t thread) : state_(state), thread_(thread) {}
 
@@ -44,14 +44,14 @@ class HostBlock {
   void Sync() { state_.barrier.arrive_and_wait(); }
 
   uint32_t Ballot(bool flag) {
-    const uint32_t bit = uint32_t{flag} << (thread_ % kWarpSize);
-    return Reduce(bit, [](uint32_t a, uint32_t b) { return a | b; });
+    return Exchange(flag, [](const uint32_t* of_lanes) {
+      uint32_t bits = 0;
+      for (int32_t lane = 0; lane < kWarpSize; ++lane) bits |= of_lanes[lane] << lane;
+      return bits;
+    });
   }
-  uint32_t MinOfWarp(uint32_t value) {
-    return Reduce(value, [](uint32_t a, uint32_t b) { return std::min(a, b); });
-  }
-  uint32_t MaxOfWarp(uint32_t value) {
-    return Reduce(value, [](uint32_t a, uint32_t b) { return std::max(a, b); });
+  uint32_t OfLane(uint32_t value, int32_t lane) {
+    return Exchange(value, [lane](const uint32_t* of_lanes) { return of_lanes[lane]; });
   }
 
   template <class Int>
@@ -59,14 +59,16 @@ class HostBlock {
     return std::atomic_ref(counter).fetch_add(amount);
   }
 
-  void Min(int32_t& value, int32_t other) {
+  template <class Int>
+  void Min(Int& value, Int other) {
     std::atomic_ref shared(value);
-    int32_t found = shared.load();
+    Int found = shared.load();
     while (other < found && !shared.compare_exchange_weak(found, other)) {
     }
   }
 
   void WaitForPrevious() {}
+  void SyncWarp() {}
   void Mark(PlanPhase) {}
   void CopyAsync(int32_t& to, const int32_t& from) { to = from; }
   void WaitForCopies() {}
@@ -76,16 +78,14 @@ class HostBlock {
   }
 
  private:
-  template <class Combine>
-  uint32_t Reduce(uint32_t value, const Combine& combine) {
+  // What `read` makes of the values of the warp's threads.
+  template <class Read>
+  uint32_t Exchange(uint32_t value, const Read& read) {
     const int32_t first = thread_ / kWarpSize * kWarpSize;
     std::barrier<>& barrier = *state_.warp_barriers[static_cast<size_t>(thread_ / kWarpSize)];
     state_.values[static_cast<size_t>(thread_)] = value;
     barrier.arrive_and_wait();
-    uint32_t result = state_.values[static_cast<size_t>(first)];
-    for (int32_t t = first + 1; t < first + kWarpSize; ++t) {
-      result = combine(result, state_.values[static_cast<size_t>(t)]);
-    }
+    const uint32_t result = read(state_.values.data() + first);
     barrier.arrive_and_wait();
     return result;
   }

@@ -22,6 +22,7 @@ struct DecayedFrequency {
   static constexpr int32_t kStepBits = 20;    // table step: 2^-4
   static constexpr int32_t kTableHalf = 256;  // the table covers x in [-16, 16]
   static constexpr int32_t kTableSize = 2 * kTableHalf + 1;
+  static constexpr int32_t kTieBits = 0;
   using Log2Table = std::array<int32_t, size_t{kTableSize}>;
 
   // What `EvictionParams` holds for this policy.

@@ -59,8 +59,10 @@ EXPERTFLOW_HD inline SlotUse UseOf(const SlotTableView& table, int32_t slot) {
 //   KeyOnUse     the key of an expert that is used at tick `now`, given its `expert_key` before; it
 //                is not negative
 //   IsProtected  whether a slot goes, at tick `now`, only after all that are not protected
-//   Origin       a key near those of the experts in use at tick `now`: keys that lie within 2^30 of
-//                it are told apart in 32 bits (core/block_selection.h), others with more work
+//   Origin       a key near those of the experts in use at tick `now`: keys that lie within
+//                2^(30 - kTieBits) of it are told apart in 32 bits (core/block_selection.h), others
+//                with more work
+// and kTieBits, of those 32 for slots of equal keys, if there are many.
 
 // A slot's rank among the victims at tick `now`: the smallest goes first, ties go to the lower
 // slot. It is the slot's key or above, so a scan reads little more than keys, and that of an empty

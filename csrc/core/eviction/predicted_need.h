@@ -10,6 +10,7 @@ namespace expertflow {
 // Keys are scores. They change with every plan of their layer, for all its experts: RecordScore.
 struct PredictedNeed {
   static constexpr int64_t kKeyOfZero = int64_t{1} << 40;  // keys of used experts are positive
+  static constexpr int32_t kTieBits = 12;                  // scores lie within 2^17
 
   EXPERTFLOW_HD static int64_t KeyOf(int32_t score) { return kKeyOfZero + score; }
 

@@ -7,6 +7,8 @@ namespace expertflow {
 // The paper's two-level LRU: experts used within the last token, or predicted inside the current
 // horizon, are protected; the others go first. Each level is an LRU of its own.
 struct TwoLevelLru {
+  static constexpr int32_t kTieBits = 0;
+
   EXPERTFLOW_HD static int64_t KeyOnUse(const EvictionParams&, int64_t, Tick now) { return now; }
   EXPERTFLOW_HD static bool IsProtected(const EvictionParams& params, const SlotUse& slot,
                                         Tick now) {

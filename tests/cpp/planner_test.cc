@@ -302,6 +302,7 @@ TEST(PlannerPrefetchTest, NothingIsThereAgainThatIsElsewhere) {
   const SlotId slot = f.SlotOf({0, 3});
   ASSERT_EQ(f.planner.PlanPrefetch({1, 0}, f.now, f.now + 2), slot);
   f.Run(0, {3});  // missed, and brought into another slot
+  f.Run(1, {6});
   f.planner.Withdraw(slot);
   EXPECT_NE(f.SlotOf({0, 3}), slot);
   EXPECT_EQ(f.table.view().slot_state[Index(slot)], SlotState::kEmpty);

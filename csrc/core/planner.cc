@@ -49,6 +49,7 @@ Planner::Planner(SlotTable& table, const PlannerConfig& config, const Planner* l
   distinct_.reserve(num_experts);
   seen_by_.assign(num_experts, 0);
   candidates_.reserve(static_cast<size_t>(table_.num_slots) + 1);
+  replaced_.resize(static_cast<size_t>(table_.num_slots));
 }
 
 int64_t Planner::MinSlots(int32_t num_layers, int32_t top_k, CacheScope scope) {
@@ -240,6 +241,8 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   if (SelectVictims(expert.layer, 1, now, /*spare_predicted=*/true) == 0) return SlotId::kNone;
   const auto slot = static_cast<SlotId>(candidates_.front().slot);
   const int32_t s = Index(slot);
+  replaced_[static_cast<size_t>(s)] = {table_.slot_expert[s], table_.slot_key[s],
+                                       table_.slot_needed[s]};
   Replace(planning_, slot, OccupantOf(planning_, slot), index, AddPlainly());
   table_.slot_key[s] = KeyOnUse(planning_, table_.expert_key[Index(index)], now);
   table_.slot_predicted[s] = needed_at;
@@ -261,6 +264,18 @@ void Planner::Drop(SlotId slot) {
   const Tick needed = table_.slot_needed[Index(slot)];
   Unassign(table_, slot);
   table_.slot_needed[Index(slot)] = needed;
+}
+
+void Planner::Withdraw(SlotId slot) {
+  Drop(slot);
+  const Replaced replaced = replaced_[static_cast<size_t>(Index(slot))];
+  if (replaced.expert == ExpertIndex::kNone) return;
+  if (table_.expert_slot[Index(replaced.expert)] != SlotId::kNone) return;
+  if (IsInPlan(ToId(table_, replaced.expert))) return;
+  Assign(table_, slot, replaced.expert);
+  Publish(slot);
+  table_.slot_key[Index(slot)] = replaced.key;
+  table_.slot_needed[Index(slot)] = replaced.needed;
 }
 
 void Planner::DropResidents() {

@@ -74,6 +74,11 @@ class Planner {
   void Publish(SlotId slot);
   void Drop(SlotId slot);
 
+  // The prefetch into `slot` is taken back before any of it was copied, and no plan needs it. What
+  // it had replaced is still there, and resident again, unless it is elsewhere by now or the
+  // current plan brings it; then the slot is empty. The eviction stays counted.
+  void Withdraw(SlotId slot);
+
   // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the
   // layer of the evicted expert); bytes and times by whoever moves the experts.
   LayerStatistics& statistics(int32_t layer) { return statistics_[static_cast<size_t>(layer)]; }
@@ -94,6 +99,12 @@ class Planner {
   int32_t staging_slots(int32_t layer) const;
 
  private:
+  struct Replaced {
+    ExpertIndex expert = ExpertIndex::kNone;
+    int64_t key = kEmptyKey;
+    Tick needed = kNever;
+  };
+
   void CollectDistinct(int32_t layer, std::span<const int64_t> expert_ids);
   int32_t AppendRows(int32_t layer, RowState state);
   // Fills `candidates_` with the `count` slots of the layer to take first, in order, and returns
@@ -128,6 +139,7 @@ class Planner {
       seen_by_;  // [num_experts] the `collections_` count when the expert was last seen
   int64_t collections_ = 1;
   std::vector<Candidate> candidates_;  // [num_slots]
+  std::vector<Replaced> replaced_;     // [num_slots] by the slot's last prefetch
 };
 
 }  // namespace expertflow

@@ -40,6 +40,12 @@ void PrefetchLedger::RecordPrefetch(SlotId slot, ExpertId expert, Tick now) {
       .expert = ToIndex(table_, expert), .is_unused = true, .evicted = holder.expert, .since = now};
 }
 
+void PrefetchLedger::RecordWithdrawal(SlotId slot) {
+  Holder& holder = holders_[static_cast<size_t>(Index(slot))];
+  counts_.regretted += IsRegretted(holder);
+  holder = {.expert = holder.evicted};
+}
+
 void PrefetchLedger::Leave(const Holder& holder) {
   if (!holder.is_unused) return;
   ++counts_.wasted;

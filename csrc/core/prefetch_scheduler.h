@@ -40,7 +40,8 @@ struct LayerObservation {
 //   horizon = BeginLayer(observation)
 //   predict up to `horizon` layers ahead: nearer layers first, the more probable first
 //   for each that is resident and Expects(prediction): protect it in the slot table
-//   for each that is not and Admits(prediction, bytes ahead of it): post it
+//   for each that is not and Admits(prediction, bytes ahead of it): post it, if it does not wait
+//     already; take back those that wait and are not admitted (PrefetchBacklog)
 //
 // An expert is admitted if the part of its transfer that fits into the idle time of the link before
 // its layer is worth what it costs should it be wrong:

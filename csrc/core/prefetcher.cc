@@ -10,7 +10,7 @@
 
 namespace expertflow {
 
-Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, const TransferQueue& queue,
+Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, TransferQueue& queue,
                        const PlannerConfig& config, Trial trial)
     : table_(table),
       planner_(planner),
@@ -21,6 +21,7 @@ Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, const Trans
                   .max_fetched = std::min(table.num_experts, config.top_k * kMaxDecodeTokens),
                   .expert_bytes = config.expert_bytes}),
       ledger_(table),
+      backlog_(table, queue, config.expert_bytes),
       miss_costs_(table.num_layers),
       pays_(trial == kUntried) {
   set_horizon(kAutoHorizon);
@@ -140,28 +141,50 @@ int32_t Prefetcher::Prefetch(std::vector<Prediction>& predictions, const Post& p
 }
 
 int32_t Prefetcher::PrefetchRanked(std::vector<Prediction>& predictions, const Post& post) {
+  if (horizon_ == 0) return 0;  // what waits stays: a caller need not predict, nor come here
   std::erase_if(predictions, [this](const Prediction& p) { return p.distance > horizon_; });
   if (is_fixed()) KeepTopK(predictions);
   const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };
   // First all that is resident is protected, so that no prefetch takes the slot of another.
   for (const Prediction& p : predictions) {
-    if (IsResident(p) && IsExpected(p)) Take(ExpertOf(p), needed_at(p));
+    if (SlotOf(p) != SlotId::kNone && IsExpected(p)) Take(ExpertOf(p), needed_at(p));
   }
   if (!is_fixed()) {
     std::ranges::sort(predictions, [](const Prediction& a, const Prediction& b) {
       return std::tuple(-a.need, a.distance, a.expert) < std::tuple(-b.need, b.distance, b.expert);
     });
+    DecideAnew(predictions);
   }
   int32_t num_posted = 0;
   for (const Prediction& p : predictions) {
-    if (!IsExpected(p)) break;  // nor is any that follows
-    if (IsResident(p) || !IsWanted(p)) continue;
     const SlotId slot = Take(ExpertOf(p), needed_at(p));
     if (slot == SlotId::kNone) continue;
     post(slot, needed_at(p));
+    if (!is_fixed()) backlog_.Add(slot, needed_at(p));
     ++num_posted;
   }
   return num_posted;
+}
+
+// Leaves those of `ranked` that are to be posted, and takes back what waits and is not admitted
+// beside them.
+void Prefetcher::DecideAnew(std::vector<Prediction>& ranked) {
+  backlog_.Reopen(tick_);
+  std::erase_if(ranked, [this](const Prediction& p) {
+    const SlotId slot = SlotOf(p);
+    const bool is_resident = slot != SlotId::kNone;
+    if (is_resident && !backlog_.IsUndecided(slot, tick_ + p.distance)) return true;
+    if (!IsExpected(p) || !IsWanted(p)) return true;
+    is_resident ? backlog_.Keep(slot, p.distance) : backlog_.Admit(p.distance);
+    return is_resident;
+  });
+  backlog_.TakeUndecided([this](SlotId slot) { TakeBack(slot); });
+}
+
+void Prefetcher::TakeBack(SlotId slot) {
+  queue_.Cancel(slot);
+  planner_.Withdraw(slot);
+  ledger_.RecordWithdrawal(slot);
 }
 
 int32_t Prefetcher::PrefetchNeeded(std::span<const float> need, const Post& post) {
@@ -203,9 +226,8 @@ ExpertId Prefetcher::ExpertOf(const Prediction& prediction) const {
   return {(layer_ + prediction.distance) % table_.num_layers, prediction.expert};
 }
 
-bool Prefetcher::IsResident(const Prediction& prediction) const {
-  const ExpertIndex expert = ToIndex(table_, ExpertOf(prediction));
-  return table_.expert_slot[Index(expert)] != SlotId::kNone;
+SlotId Prefetcher::SlotOf(const Prediction& prediction) const {
+  return table_.expert_slot[Index(ToIndex(table_, ExpertOf(prediction)))];
 }
 
 bool Prefetcher::IsExpected(const Prediction& prediction) const {
@@ -213,8 +235,7 @@ bool Prefetcher::IsExpected(const Prediction& prediction) const {
 }
 
 bool Prefetcher::IsWanted(const Prediction& prediction) const {
-  if (is_fixed()) return true;
-  const size_t bytes_ahead = queue_.prefetch_bytes_until(tick_ + prediction.distance);
+  const size_t bytes_ahead = backlog_.bytes_until(prediction.distance);
   return scheduler_.Admits(prediction, static_cast<double>(bytes_ahead)) &&
          !DelaysLaterOnes(prediction, bytes_ahead);
 }
@@ -223,7 +244,7 @@ bool Prefetcher::IsWanted(const Prediction& prediction) const {
 // was thought more probable and is needed later.
 bool Prefetcher::DelaysLaterOnes(const Prediction& prediction, size_t bytes_ahead) const {
   for (int32_t d = prediction.distance + 1; d <= horizon_; ++d) {
-    const size_t bytes = queue_.prefetch_bytes_until(tick_ + d);
+    const size_t bytes = backlog_.bytes_until(d);
     if (bytes > bytes_ahead && !scheduler_.HasTimeFor(static_cast<double>(bytes), d)) return true;
   }
   return false;

@@ -11,6 +11,7 @@
 #include "core/miss_costs.h"
 #include "core/plan.h"
 #include "core/planner.h"
+#include "core/prefetch_backlog.h"
 #include "core/prefetch_ledger.h"
 #include "core/prefetch_scheduler.h"
 #include "core/slot_table.h"
@@ -46,7 +47,7 @@ struct PrefetchStatistics {
 class Prefetcher {
  public:
   static constexpr int32_t kAutoHorizon = -1;
-  static constexpr int32_t kMaxHorizon = 8;
+  static constexpr int32_t kMaxHorizon = PrefetchBacklog::kMaxDistance;
 
   // Queues the transfer of the expert that `slot` was given to, which is needed at `needed_at`.
   using Post = std::function<void(SlotId slot, Tick needed_at)>;
@@ -56,7 +57,7 @@ class Prefetcher {
   enum Trial : uint8_t { kUntried, kTried };
 
   // All of the same cache; the references are kept.
-  Prefetcher(const SlotTableView& table, Planner& planner, const TransferQueue& queue,
+  Prefetcher(const SlotTableView& table, Planner& planner, TransferQueue& queue,
              const PlannerConfig& config, Trial trial = kTried);
   ~Prefetcher();
 
@@ -81,8 +82,9 @@ class Prefetcher {
 
   // Protects those of `predictions` that are resident and expected, and posts those that are
   // admitted: the more probable expert first, unless that would make a prefetch late that is needed
-  // later. With a fixed horizon, posts the top-k of each distance, which come in that order, the
-  // nearer layers first. Reorders `predictions`. Returns how many were posted.
+  // later. What was posted before, and waits, is decided anew beside them, and taken back if it is
+  // not admitted. With a fixed horizon, posts the top-k of each distance, which come in that order,
+  // the nearer layers first. Reorders `predictions`. Returns how many were posted.
   int32_t Prefetch(std::vector<Prediction>& predictions, const Post& post);
 
   // The same for the probabilities `need` [distances, num_experts]: row d - 1 is about the layer d
@@ -103,10 +105,12 @@ class Prefetcher {
   int32_t PrefetchRanked(std::vector<Prediction>& predictions, const Post& post);
   bool is_fixed() const { return chosen_horizon_ != kAutoHorizon; }
   ExpertId ExpertOf(const Prediction& prediction) const;
-  bool IsResident(const Prediction& prediction) const;
+  SlotId SlotOf(const Prediction& prediction) const;
   bool IsExpected(const Prediction& prediction) const;
   bool IsWanted(const Prediction& prediction) const;
   bool DelaysLaterOnes(const Prediction& prediction, size_t bytes_ahead) const;
+  void DecideAnew(std::vector<Prediction>& ranked);
+  void TakeBack(SlotId slot);
   void FollowTrial(const LayerObservation& measured);
   void ClearBiases();
   void LearnMissCost(const LayerObservation& measured);
@@ -115,11 +119,12 @@ class Prefetcher {
 
   SlotTableView table_;
   Planner& planner_;
-  const TransferQueue& queue_;
+  TransferQueue& queue_;
   int32_t top_k_;
   bool keeps_experts_;
   PrefetchScheduler scheduler_;
   PrefetchLedger ledger_;
+  PrefetchBacklog backlog_;
   MissCosts miss_costs_;
   int32_t chosen_horizon_ = kAutoHorizon;
   int32_t horizon_ = 0;

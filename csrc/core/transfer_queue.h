@@ -71,6 +71,11 @@ class TransferQueue {
   bool IsPrefetch(SlotId slot) const {
     return transfer(slot).transfer_class == TransferClass::kPrefetch;
   }
+  // A prefetch of which nothing was handed out: Cancel takes it back without a trace.
+  bool IsWaitingPrefetch(SlotId slot) const {
+    return IsPrefetch(slot) && transfer(slot).place != kNotQueued &&
+           transfer(slot).next_offset == 0;
+  }
   int32_t chunks_in_flight() const { return chunks_in_flight_; }
   size_t chunk_bytes() const { return chunk_bytes_; }
   size_t demand_chunk_bytes() const { return demand_chunk_bytes_; }

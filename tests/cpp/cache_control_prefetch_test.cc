@@ -70,18 +70,25 @@ class CacheControlPrefetchTest : public testing::Test {
     ASSERT_GT(control_->horizon(), 0);
   }
 
+  using Rows = std::vector<std::vector<std::pair<int, float>>>;
+
   // Prefetches by rows of {expert, need}, and returns which experts were posted, in order.
-  std::vector<ExpertId> Prefetch(const std::vector<std::vector<std::pair<int, float>>>& rows) {
+  std::vector<ExpertId> Prefetch(const Rows& rows) {
+    const int32_t num_posted = PostOnly(rows);
+    std::vector<ExpertId> posted = BringAll();
+    EXPECT_THAT(posted, SizeIs(num_posted));
+    return posted;
+  }
+
+  // The same, but they wait.
+  int32_t PostOnly(const Rows& rows) {
     std::vector<float> need(rows.size() * kExperts);
     for (size_t row = 0; row < rows.size(); ++row) {
       for (const auto& [expert, p] : rows[row]) {
         need[row * kExperts + static_cast<size_t>(expert)] = p;
       }
     }
-    const int32_t num_posted = control_->PrefetchPredicted(need);
-    std::vector<ExpertId> posted = BringAll();
-    EXPECT_THAT(posted, SizeIs(num_posted));
-    return posted;
+    return control_->PrefetchPredicted(need);
   }
 
   std::vector<ExpertId> BringAll() {
@@ -141,6 +148,66 @@ TEST_F(CacheControlPrefetchTest, ANearGuessDoesNotDelayWhatIsMoreProbableAndNeed
   ASSERT_EQ(RunTokens(4), 2);
   EXPECT_THAT(Prefetch({{{4, 0.7F}}, {{5, 0.9F}, {6, 0.95F}}}),
               ElementsAre(ExpertId{1, 6}, ExpertId{1, 5}));
+}
+
+TEST_F(CacheControlPrefetchTest, WhatIsForeseenBetterTakesThePlaceOfWhatWaits) {
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
+  // Three transfers of 80 us begin within the 200 us before layer 1, but not a fourth.
+  ASSERT_EQ(PostOnly({{{4, 0.9F}}, {{5, 0.85F}, {7, 0.8F}}}), 3);
+  EXPECT_EQ(PostOnly({{{4, 0.9F}}, {{5, 0.85F}, {7, 0.8F}, {6, 0.75F}}}), 0);
+  EXPECT_EQ(PostOnly({{{4, 0.9F}}, {{5, 0.85F}, {7, 0.8F}, {6, 0.95F}}}), 1);
+  EXPECT_THAT(BringAll(), ElementsAre(ExpertId{0, 4}, ExpertId{1, 5}, ExpertId{1, 6}));
+}
+
+TEST_F(CacheControlPrefetchTest, WhatIsNotExpectedAnyMoreIsAsIfItHadNeverBeenPosted) {
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
+  control_->ResetStatistics();
+  const auto residents = [this] {
+    std::vector<std::vector<uint8_t>> of_layers;
+    for (int32_t layer = 0; layer < kLayers; ++layer) {
+      of_layers.push_back(control_->Residents(layer));
+    }
+    return of_layers;
+  };
+  const auto before = residents();
+  ASSERT_EQ(PostOnly({{{5, 0.9F}}, {{6, 0.9F}}}), 2);
+  EXPECT_NE(residents(), before);
+  EXPECT_EQ(PostOnly({{{5, 0.02F}}, {}}), 0);
+  EXPECT_EQ(residents(), before);
+  EXPECT_FALSE(control_->HasTransfers());
+  RunTokens(1);
+  EXPECT_EQ(control_->prefetch_statistics().used, 0);
+  EXPECT_EQ(control_->prefetch_statistics().wasted, 0);
+  for (const LayerStatistics& layer : control_->statistics()) {
+    EXPECT_EQ(layer.wasted_prefetch_bytes, 0);
+    EXPECT_EQ(layer.misses, 0);
+  }
+}
+
+TEST_F(CacheControlPrefetchTest, WhatHasBegunIsBroughtWhateverIsForeseenLater) {
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
+  ASSERT_EQ(PostOnly({{{5, 0.9F}}, {{6, 0.9F}}}), 2);
+  const std::optional<Chunk> chunk = control_->NextChunk();
+  EXPECT_EQ(PostOnly({{}, {}}), 0);
+  EXPECT_THAT(BringAll(), IsEmpty());
+  control_->FinishChunk(*chunk, std::nullopt);
+  EXPECT_TRUE(IsResident({0, 5}));
+  EXPECT_FALSE(IsResident({1, 6}));
+}
+
+TEST_F(CacheControlPrefetchTest, WhatTheCallerAskedForByNameIsNotTakenBack) {
+  MakeControl(Options(2 * kLayers));
+  EarnPrefetching();
+  ASSERT_EQ(RunTokens(4), 2);
+  ASSERT_EQ(control_->Prefetch(1, std::vector<int64_t>{7}, 2), 1);
+  EXPECT_EQ(PostOnly({{}, {}}), 0);
+  EXPECT_THAT(BringAll(), ElementsAre(ExpertId{1, 7}));
 }
 
 TEST_F(CacheControlPrefetchTest, FetchesFirstLayersWhenATokenBegins) {

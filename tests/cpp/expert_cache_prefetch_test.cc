@@ -64,6 +64,30 @@ TEST_F(ExpertCachePrefetchTest, WhatIsForeseenIsThereInTime) {
   EXPECT_GE(cache_->horizon(), 1);  // more where a copy was held up
 }
 
+// While a thread copies, minds change: what waits is taken back, and never is a byte wrong.
+TEST_F(ExpertCachePrefetchTest, WhatIsForeseenBetterTakesThePlaceOfWhatWaits) {
+  MakeCache(Options(6));
+  constexpr std::chrono::microseconds kLayerTime(200);
+  RunForeseen(20000, kLayerTime, [&](int64_t, int32_t) { return cache_->horizon() == 0; });
+  ASSERT_GT(cache_->horizon(), 0);
+  int64_t num_taken_back = 0;
+  for (int64_t i = 0; i < 20000 && num_taken_back < 50; ++i) {
+    const auto layer = static_cast<int32_t>(i % kNumLayers);
+    const int32_t next_layer = (layer + 1) % kNumLayers;
+    const auto other = [](int64_t token) { return 2 + static_cast<int32_t>(token % 6); };
+    const Plan& plan = Begin(layer, {0, other(i)});
+    static_cast<void>(cache_->BeginPrefetch());
+    PrefetchSurely({0, other(i + 2), other(i + 3), other(i + 4)});
+    const std::vector<uint8_t> before = cache_->Residents(next_layer);
+    PrefetchSurely({0, other(i + 1)});
+    const std::vector<uint8_t> after = cache_->Residents(next_layer);
+    for (size_t e = 0; e < before.size(); ++e) num_taken_back += before[e] > after[e];
+    Compute(plan);
+    std::this_thread::sleep_for(kLayerTime);
+  }
+  EXPECT_GE(num_taken_back, 50);
+}
+
 TEST_F(ExpertCachePrefetchTest, ACacheThatHoldsEverythingPrefetchesNothing) {
   MakeCache(Options(kNumLayers * kNumExperts));
   for (int32_t step = 0; step < 6; ++step) {

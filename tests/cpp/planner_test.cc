@@ -282,6 +282,57 @@ TEST(PlannerPrefetchTest, BytesAreWastedIfTheExpertIsEvictedUnused) {
   EXPECT_EQ(f.planner.statistics(1).evictions, 2);
 }
 
+TEST(PlannerPrefetchTest, WhatAWithdrawnOneReplacedIsThereAgain) {
+  Fixture f(2, 8, 2, kLruTop2);
+  f.Run(0, {3});
+  f.Run(0, {4});
+  const SlotId slot = f.SlotOf({0, 3});
+  ASSERT_EQ(f.planner.PlanPrefetch({1, 0}, f.now, f.now + 1), slot);
+  f.planner.Withdraw(slot);
+  EXPECT_THAT(f.Residents(1), IsEmpty());
+  EXPECT_EQ(f.SlotOf({0, 3}), slot);
+  EXPECT_EQ(f.planner.statistics(1).wasted_prefetch_bytes, 0);
+  f.Run(1, {1});
+  EXPECT_THAT(f.Residents(0), ElementsAre(4)) << "3 is still the least recently used";
+}
+
+TEST(PlannerPrefetchTest, NothingIsThereAgainThatIsElsewhere) {
+  Fixture f(2, 8, 3, kLruTop2);
+  for (int64_t e = 3; e < 6; ++e) f.Run(0, {e});
+  const SlotId slot = f.SlotOf({0, 3});
+  ASSERT_EQ(f.planner.PlanPrefetch({1, 0}, f.now, f.now + 2), slot);
+  f.Run(0, {3});  // missed, and brought into another slot
+  f.Run(1, {6});
+  f.planner.Withdraw(slot);
+  EXPECT_NE(f.SlotOf({0, 3}), slot);
+  EXPECT_EQ(f.table.view().slot_state[Index(slot)], SlotState::kEmpty);
+}
+
+// It would be resident twice once its row takes over a slot.
+TEST(PlannerPrefetchTest, NothingIsThereAgainThatARowOfThePlanBrings) {
+  Fixture f(1, 8, 2, kLruTop2);
+  f.Run(0, {0, 1});
+  ++f.now;  // a layer elsewhere
+  const SlotId slot = f.SlotOf({0, 0});
+  ASSERT_EQ(f.planner.PlanPrefetch({0, 7}, f.now, f.now + 2), slot);
+  const Plan* plan = f.Begin(0, {1, 0});
+  ASSERT_EQ(plan->num_waves, 2) << "0 waits for the slot of 1";
+  f.planner.Withdraw(slot);
+  EXPECT_EQ(f.table.view().slot_state[Index(slot)], SlotState::kEmpty);
+  EXPECT_NE(f.planner.Advance(0), kNoRow);
+  EXPECT_NE(f.SlotOf({0, 0}), slot);
+}
+
+TEST(PlannerPrefetchTest, NothingIsThereAgainOfATransferThatFailed) {
+  Fixture f(1, 8, 1, {.top_k = 1, .expert_bytes = 1, .policy = PolicyKind::kLru});
+  f.planner.Drop(f.Begin(0, {3})->rows[0].slot);
+  ++f.now;
+  const SlotId slot = f.planner.PlanPrefetch({0, 5}, f.now, f.now + 1);
+  ASSERT_NE(slot, SlotId::kNone);
+  f.planner.Withdraw(slot);
+  EXPECT_THAT(f.Residents(0), IsEmpty());
+}
+
 TEST(PlannerPrefetchTest, OnDemandWastesWhatWasPrefetched) {
   PlannerConfig config = kLruTop2;
   config.policy = PolicyKind::kOnDemand;

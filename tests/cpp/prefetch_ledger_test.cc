@@ -21,11 +21,12 @@ class PrefetchLedgerTest : public testing::Test {
   }
 
   // It arrives at once, unless `is_late`.
-  void Prefetch(int32_t expert, bool is_late = false) {
+  SlotId Prefetch(int32_t expert, bool is_late = false) {
     const SlotId slot = planner_.PlanPrefetch({0, expert}, now_, now_);
-    ASSERT_NE(slot, SlotId::kNone);
+    EXPECT_NE(slot, SlotId::kNone);
     ledger_.RecordPrefetch(slot, {0, expert}, now_);
     if (!is_late) planner_.Publish(slot);
+    return slot;
   }
 
   void ExpectCounts(int32_t used, int32_t ready, int32_t wasted, int32_t regretted) {
@@ -97,6 +98,46 @@ TEST_F(PrefetchLedgerTest, MissBeforeThePrefetchIsNoRegret) {
   Need(1);
   Need(3);  // evicts 2
   ExpectCounts(0, 0, 1, 0);
+}
+
+TEST_F(PrefetchLedgerTest, WithdrawnIsNeitherUsedNorWasted) {
+  Need(0);
+  Need(1);
+  const SlotId slot = Prefetch(2, /*is_late=*/true);  // evicts 0
+  planner_.Withdraw(slot);
+  ledger_.RecordWithdrawal(slot);
+  Need(0);
+  Need(2);  // evicts 1
+  ExpectCounts(0, 0, 0, 0);
+}
+
+TEST_F(PrefetchLedgerTest, WhatAWithdrawnOneEvictedIsTheVictimOfTheNext) {
+  Need(0);
+  Need(1);
+  const SlotId slot = Prefetch(2, /*is_late=*/true);  // evicts 0
+  planner_.Withdraw(slot);
+  ledger_.RecordWithdrawal(slot);
+  ASSERT_EQ(Prefetch(3), slot);
+  Need(0);  // evicts 3
+  ExpectCounts(0, 0, 1, 1);
+}
+
+TEST_F(PrefetchLedgerTest, VictimThatIsMissedBeforeTheWithdrawalIsRegretted) {
+  SlotTable table(1, 8, 3);
+  Planner planner(table, {.top_k = 1, .expert_bytes = 1, .policy = PolicyKind::kLru});
+  ledger_ = PrefetchLedger(table.view());
+  const auto need = [&](int64_t expert) {
+    const Plan* plan = planner.PlanLayer(0, std::vector{expert}, 1, ++now_);
+    ledger_.RecordPlan(*plan);
+    planner.Publish(plan->rows[0].slot);
+  };
+  for (const int64_t expert : {0, 1, 2}) need(expert);
+  const SlotId slot = planner.PlanPrefetch({0, 3}, now_, now_ + 2);
+  ledger_.RecordPrefetch(slot, {0, 3}, now_);  // evicts 0
+  need(0);
+  planner.Withdraw(slot);
+  ledger_.RecordWithdrawal(slot);
+  ExpectCounts(0, 0, 0, 1);
 }
 
 }  // namespace

@@ -117,6 +117,7 @@ class ReferencePlanner {
     if (victims.empty()) return SlotId::kNone;
     Evict(victims.front());
     Slot& s = At(victims.front());
+    replaced_[victims.front()] = s;
     s = Slot{};
     s.expert = expert;
     s.in_flight = true;
@@ -131,6 +132,19 @@ class ReferencePlanner {
     const Tick needed = At(slot).needed;  // the plan's row keeps its slot
     At(slot) = Slot{};
     At(slot).needed = needed;
+  }
+
+  void Withdraw(SlotId slot) {
+    Drop(slot);
+    Slot replaced = replaced_.at(slot);
+    if (!replaced.expert || SlotOf(*replaced.expert) != SlotId::kNone) return;
+    const auto is_row = [&](const PlanRow& row) {
+      return ExpertId{layer_, row.expert} == *replaced.expert;
+    };
+    if (std::ranges::any_of(rows_, is_row)) return;
+    replaced.unused = false;
+    replaced.predicted = kNever;
+    At(slot) = replaced;
   }
 
   const Slot& slot(SlotId slot) const { return slots_[static_cast<size_t>(Index(slot))]; }
@@ -273,6 +287,7 @@ class ReferencePlanner {
                          DecayedFrequency::DecayPerTickQ24(config_.decay_per_token, num_layers_),
                          log2_table_.data()};
   std::vector<Slot> slots_;
+  std::map<SlotId, Slot> replaced_;  // by the last prefetch into each
   std::map<std::pair<int32_t, int32_t>, int64_t> key_of_;
   std::map<int32_t, LayerStatistics> statistics_;
   std::vector<PlanRow> rows_;

@@ -86,6 +86,22 @@ class ReferenceQueue {
   bool IsCancelled(SlotId slot) const { return transfers_.at(slot).cancelled; }
   int32_t chunks_in_flight() const { return chunks_in_flight_; }
 
+  bool IsWaitingPrefetch(SlotId slot) const {
+    if (IsIdle(slot)) return false;
+    const Transfer& t = transfers_.at(slot);
+    return t.transfer_class == TransferClass::kPrefetch && !t.to_hand_out.empty() &&
+           t.to_hand_out.front().offset_bytes == 0;
+  }
+
+  size_t prefetch_bytes_until(Tick needed_at) const {
+    size_t bytes = 0;
+    for (const auto& [slot, t] : transfers_) {
+      if (t.transfer_class != TransferClass::kPrefetch || t.needed_at > needed_at) continue;
+      for (const Piece& piece : t.to_hand_out) bytes += piece.num_bytes;
+    }
+    return bytes;
+  }
+
   size_t copied_bytes(SlotId slot) {
     return IsIdle(slot) ? copied_bytes_of_last_[slot] : transfers_.at(slot).copied_bytes;
   }

@@ -71,6 +71,9 @@ class RandomTransfers {
     ASSERT_EQ(queue_.IsIdle(slot), reference_.IsIdle(slot));
     ASSERT_EQ(queue_.copied_bytes(slot), reference_.copied_bytes(slot));
     ASSERT_EQ(queue_.queued_bytes(), reference_.queued_bytes());
+    ASSERT_EQ(queue_.IsWaitingPrefetch(slot), reference_.IsWaitingPrefetch(slot));
+    const Tick until = Draw(0, 6);
+    ASSERT_EQ(queue_.prefetch_bytes_until(until), reference_.prefetch_bytes_until(until));
     ASSERT_EQ(queue_.chunks_in_flight(), reference_.chunks_in_flight());
     ASSERT_LE(queue_.chunks_in_flight(), max_chunks_in_flight_);
   }

@@ -47,7 +47,7 @@ class VirtualTransfers {
   // Copies that start later take the time that this link needs.
   void set_link(const LinkProfile& link);
 
-  const TransferQueue& queue() const { return queue_; }
+  TransferQueue& queue() { return queue_; }
   double measured_bytes_per_second() const { return bandwidth_.bytes_per_second(); }
   size_t moved_bytes() const { return moved_bytes_; }  // of all copies that were started
 

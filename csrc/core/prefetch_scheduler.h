@@ -66,13 +66,14 @@ struct LayerObservation {
 // It settles where the cost is kCostShare of the gain: what the last prefetches cost is over twice
 // the average. This balance sees too much in a small cache, where every prefetch is regretted, and
 // too little on a full link, so the price has an upper limit, and whether prefetching pays at all
-// is for PrefetchTrial to find out. Pure: times are arguments.
+// is for PrefetchTrial to find out. That costs nothing, so the first price is a low one: a high one
+// would have to fall first, which takes longer than a short run. Pure: times are arguments.
 class PrefetchScheduler {
  public:
   static constexpr double kCostShare = 0.4;
   static constexpr double kMargin = 0.01;
   static constexpr double kMinPrice = 1.0 / 32;
-  static constexpr double kFirstPrice = 2.0;
+  static constexpr double kFirstPrice = 0.25;
   static constexpr double kMaxPrice = 4.0;
 
   explicit PrefetchScheduler(const PrefetchConfig& config);

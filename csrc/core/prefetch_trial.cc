@@ -6,8 +6,8 @@ namespace expertflow {
 namespace {
 
 // A token has 12 to 60 layers.
-constexpr int32_t kFewestBlockLayers = 8;
-constexpr double kErrorsToBegin = 4.0;
+constexpr int32_t kFewestBlockLayers = 4;
+constexpr double kErrorsToBegin = 3.0;
 constexpr double kErrorsToGoOn = 1.0;
 constexpr int32_t kLayersOfTrial = 4096;  // while prefetching is off
 constexpr int32_t kLayersOfCheck = 1024;  // while it is on

@@ -234,7 +234,7 @@ TEST_F(CacheControlPrefetchTest, FirstLayerHasTheTimeThatItTookBefore) {
   now_us_ -= 60.0;
   RunTokens(1);
   ASSERT_EQ(control_->BeginToken(1, now_us_), 2);
-  const auto posted = Prefetch({{{5, 0.75F}}, {{6, 0.75F}}});
+  const auto posted = Prefetch({{{5, 0.25F}}, {{6, 0.25F}}});
   EXPECT_THAT(posted, ElementsAre(ExpertId{1, 6})) << "which has 140 us";
 }
 

@@ -163,15 +163,15 @@ TEST_F(PrefetchSchedulerTest, AdmitsNothingBeforeTheLinkIsMeasured) {
 }
 
 TEST_F(PrefetchSchedulerTest, WeighsNeedAgainstWhatFitsBeforeTheLayer) {
-  Layer(1, 0);  // a transfer takes 100 us, as a layer does; the price is about 2
-  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.7F}, 0.0));  // 2/3 is the border
-  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.6F}, 0.0));
-  // With half an expert ahead only half of it is hidden: 4/5 is the border.
-  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.85F}, 0.5 * kExpertBytes));
-  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.75F}, 0.5 * kExpertBytes));
+  Layer(1, 0);  // a transfer takes 100 us, as a layer does; the price is about 1/4
+  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.22F}, 0.0));  // 1/5 is the border
+  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.18F}, 0.0));
+  // With half an expert ahead only half of it is hidden: 1/3 is the border.
+  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.36F}, 0.5 * kExpertBytes));
+  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.3F}, 0.5 * kExpertBytes));
   // The link has no time left before the layer, even for what is needed for sure.
   EXPECT_FALSE(scheduler_.Admits({1, 0, 1.0F}, 1.0 * kExpertBytes));
-  EXPECT_TRUE(scheduler_.Admits({2, 0, 0.7F}, 1.0 * kExpertBytes));
+  EXPECT_TRUE(scheduler_.Admits({2, 0, 0.22F}, 1.0 * kExpertBytes));
 }
 
 TEST_F(PrefetchSchedulerTest, HasTimeForWhatFitsBeforeTheLayer) {

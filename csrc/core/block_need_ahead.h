@@ -32,7 +32,7 @@ EXPERTFLOW_DEVICE void SumNeedsAhead(Block& block, const BlockNeedState& state, 
     WeightSum sum;
     EXPERTFLOW_NO_UNROLL
     for (int32_t s = group; s < NeedRules::kNumSources; s += num_groups) {
-      if (!IsThisStep(model, next, s)) AddLatestWeights<8>(sum, state, next, s, e);
+      if (!IsThisStep(model, next, s)) AddLatestWeights(sum, state, next, s, e);
     }
     block.Add(sums[e], sum.sum);
     if (e == 0) block.Add(num_inputs, sum.num_inputs);

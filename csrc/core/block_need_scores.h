@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/block_need_step.h"
@@ -18,6 +19,12 @@ EXPERTFLOW_HD inline int32_t NumCopiedWords(const NeedState& model) {
   return num_words <= kMaxWords ? static_cast<int32_t>(num_words) : 0;
 }
 
+// Words of shared memory that scoring needs.
+EXPERTFLOW_HD inline int32_t NumScoresWords(const NeedState& model) {
+  constexpr auto kWordsOfExpert = static_cast<int32_t>(sizeof(NeedAhead) / sizeof(int32_t)) + 1;
+  return kWordsOfExpert * model.num_experts + NumCopiedWords(model);
+}
+
 // The first half of what NeedModel::Observe (eviction/need_model.h) does, by the block of threads
 // that plans (core/block_planner.h): scores a layer's experts after what is routed now. The second
 // half, which records that and learns, is core/block_need_learner.h.
@@ -28,20 +35,23 @@ EXPERTFLOW_HD inline int32_t NumCopiedWords(const NeedState& model) {
 template <class Block>
 class BlockNeedScores {
  public:
-  // `scores` [num_experts] and `copied` [NumCopiedWords(model)] lie in shared memory, the latter
-  // aligned for Four<int32_t>. `first_expert` is the first that the thread scores; the others
-  // follow num_threads() apart.
-  EXPERTFLOW_DEVICE BlockNeedScores(Block& block, int32_t* scores, int32_t* copied,
+  static constexpr int32_t kAtOnce = 8;  // rows that are read
+
+  // `shared_words` [NumScoresWords(model)] lie in shared memory, aligned for NeedAhead.
+  // `first_expert` is the first that the thread scores; the others follow num_threads() apart.
+  EXPERTFLOW_DEVICE BlockNeedScores(Block& block, int32_t* shared_words,
                                     const BlockNeedState& state, int32_t layer,
                                     int32_t first_expert)
       : block_(block),
         state_(state),
         model_(state.model),
-        scores_(scores),
-        copied_(copied),
+        known_(reinterpret_cast<NeedAhead*>(shared_words)),
+        copied_(reinterpret_cast<int32_t*>(known_ + state.model.num_experts)),
+        scores_(copied_ + NumCopiedWords(state.model)),
         weights_(state.model.Weights(state.model.WeightRow(layer, 0, 0))),
         layer_(layer),
-        first_expert_(first_expert) {}
+        first_expert_(first_expert),
+        may_use_copy_(state.model.num_layers > 1 && NumCopiedWords(state.model) > 0) {}
 
   // Copies weights, before the wait for the previous kernel: they were last written behind the last
   // plan of the same layer, and the plan or the lesson of another was waited for since. If not, the
@@ -67,33 +77,32 @@ class BlockNeedScores {
     return outcome_.retried_layer != layer_ || outcome_.retried_tick != now;
   }
 
-  // Scores the layer's experts. `routed` [num_ids] are the experts of the ids, `first_of_expert`
-  // [num_experts] an expert's first place there, or `not_routed`. Called by all threads, behind a
-  // barrier. Afterwards a thread can read the scores of its own experts, and behind another barrier
-  // all.
-  EXPERTFLOW_DEVICE void Observe(const int32_t* routed, int32_t num_ids,
-                                 const int32_t* first_of_expert, int32_t not_routed) {
+  // Finds out what is not known, before the barrier behind which the routes are.
+  EXPERTFLOW_DEVICE void Prepare() {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = first_expert_; e < model_.num_experts; e += block_.num_threads()) {
       if (e != first_expert_) ahead_ = state_.ahead[e];
-      const bool is_ahead = ahead_.layer == layer_;
-      if (!is_ahead) ahead_ = FindOut(e);
-      WeightSum sum{ahead_.sum, ahead_.num_inputs};
+      if (ahead_.layer != layer_) ahead_ = FindOut(e);
+      known_[e] = ahead_;
+    }
+  }
+
+  // Scores the layer's experts. `routed` are the experts of the ids, of which there are num_ids,
+  // with zeros behind them up to a multiple of kAtOnce. `first_of_expert` [num_experts] is an
+  // expert's first place there, or `not_routed`. Called by all threads, behind a barrier.
+  // Afterwards a thread can read the scores of its own experts, and behind another barrier all.
+  EXPERTFLOW_DEVICE void Observe(const int32_t* routed, int32_t num_ids,
+                                 const int32_t* first_of_expert, int32_t not_routed) {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = first_expert_; IsOfWarp(e); e += block_.num_threads()) {
+      const int32_t existing = e < model_.num_experts ? e : 0;
+      const NeedAhead known = known_[existing];
       // Of one layer, the lesson just before may have changed the weights since they were copied.
-      const bool is_copied = is_ahead & (model_.num_layers > 1) & (NumCopiedWords(model_) > 0);
-      const auto* weights = is_copied ? reinterpret_cast<const int16_t*>(copied_) : weights_;
-      const auto is_row = [=](int32_t i, int32_t expert) { return first_of_expert[expert] == i; };
-      AddWeights<8>(sum, weights, model_.width, e, routed, num_ids, is_row);
-      // Of few layers, some behind are this one.
-      EXPERTFLOW_NO_UNROLL
-      for (int32_t s = 1 + model_.num_layers; s < NeedRules::kNumSources; s += model_.num_layers) {
-        const int16_t* behind = model_.Weights(model_.WeightRow(layer_, s, 0));
-        AddWeights<1>(sum, behind, model_.width, e, routed, num_ids, is_row);
-      }
-      const bool is_routed = first_of_expert[e] != not_routed;
-      scores_[e] = NeedRules::Scaled(sum.sum, sum.num_inputs, model_.top_k) + ahead_.rest +
-                   (is_routed ? 2 * NeedRules::kUse : 0);
-      state_.observed[e] = {scores_[e], is_routed ? 1 : 0};
+      const bool is_copied = (known.layer == layer_) & may_use_copy_;
+      WeightSum sum{known.sum, known.num_inputs};
+      AddRouted(sum, is_copied ? reinterpret_cast<const int16_t*>(copied_) : weights_, existing,
+                routed, num_ids, first_of_expert);
+      if (e < model_.num_experts) Score(e, sum, known.rest, first_of_expert[e] != not_routed);
     }
   }
 
@@ -106,27 +115,94 @@ class BlockNeedScores {
   }
 
  private:
-  // What SumNeedsAhead does, for one expert. Seldom: short rather than fast.
+  // Whether one of the warp's experts exists of which this thread's is `e`.
+  EXPERTFLOW_DEVICE bool IsOfWarp(int32_t e) const {
+    return e / Block::kWarpSize * Block::kWarpSize < model_.num_experts;
+  }
+
+  // Adds the rows of what is routed now. `weights` are those about it as the first source; of few
+  // layers, some sources behind are the same step. Called by whole warps.
+  EXPERTFLOW_DEVICE void AddRouted(WeightSum& to, const int16_t* weights, int32_t e,
+                                   const int32_t* routed, int32_t num_ids,
+                                   const int32_t* first_of_expert) {
+    const int32_t lane = block_.thread() % Block::kWarpSize;
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t first = 0; first < num_ids; first += Block::kWarpSize) {
+      const int32_t place = first + lane;
+      const bool is_row = place < num_ids && first_of_expert[routed[place]] == place;
+      const uint32_t rows = block_.Ballot(is_row);
+      const int32_t end = num_ids - first < Block::kWarpSize ? num_ids - first : Block::kWarpSize;
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t i = 0; i < end; i += kAtOnce) {
+        to.sum += SumRows(weights, e, routed + first + i, rows >> i);
+      }
+      to.num_inputs += CountBits(rows);
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t s = 1 + model_.num_layers; s < NeedRules::kNumSources; s += model_.num_layers) {
+        const int16_t* behind = model_.Weights(model_.WeightRow(layer_, s, 0));
+        EXPERTFLOW_NO_UNROLL
+        for (int32_t i = 0; i < end; ++i) {
+          to.sum += (rows >> i & 1) != 0 ? behind[routed[first + i] * model_.width + e] : 0;
+        }
+        to.num_inputs += CountBits(rows);
+      }
+    }
+  }
+
+  // Of kAtOnce places the rows that are set in `rows`; all are read at once.
+  EXPERTFLOW_DEVICE int32_t SumRows(const int16_t* weights, int32_t e, const int32_t* routed,
+                                    uint32_t rows) const {
+    int32_t found[size_t{kAtOnce}];
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; k += 4) {
+      const Four<int32_t> experts = ReadFour(routed, k);
+      EXPERTFLOW_UNROLL
+      for (int32_t j = 0; j < 4; ++j) found[k + j] = weights[experts.of[j] * model_.width + e];
+    }
+    int32_t sum = 0;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; ++k) sum += (rows >> k & 1) != 0 ? found[k] : 0;
+    return sum;
+  }
+
+  EXPERTFLOW_DEVICE void Score(int32_t e, const WeightSum& sum, int32_t rest, bool is_routed) {
+    const int32_t score = NeedRules::Scaled(sum.sum, sum.num_inputs, model_.top_k) + rest +
+                          (is_routed ? 2 * NeedRules::kUse : 0);
+    scores_[e] = score;
+    state_.observed[e] = {score, is_routed ? 1 : 0};
+  }
+
+  // What SumNeedsAhead does, for one expert, but for the layer: copied weights may be old. Seldom:
+  // short rather than fast.
   EXPERTFLOW_DEVICE NeedAhead FindOut(int32_t e) const {
-    WeightSum sum;
+    NeedAhead ahead{0, 0, RestOfScore(model_, layer_, e), -1};
     EXPERTFLOW_NO_UNROLL
     for (int32_t s = 1; s < NeedRules::kNumSources; ++s) {
-      if (!IsThisStep(model_, layer_, s)) AddLatestWeights<1>(sum, state_, layer_, s, e);
+      const int32_t source_layer = model_.SourceLayer(layer_, s);
+      if (s != 1 && source_layer == layer_) continue;
+      const int16_t* weights = model_.Weights(model_.WeightRow(layer_, s, 0));
+      const int32_t* latest = state_.latest + int64_t{source_layer} * model_.num_experts;
+      const int32_t count = state_.latest_count[source_layer];
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t i = 0; i < count; ++i) ahead.sum += weights[latest[i] * model_.width + e];
+      ahead.num_inputs += count;
     }
-    return {sum.sum, sum.num_inputs, RestOfScore(model_, layer_, e), layer_};
+    return ahead;
   }
 
   Block& block_;
   const BlockNeedState& state_;
   const NeedState& model_;
-  int32_t* const scores_;
-  int32_t* const copied_;
+  NeedAhead* const known_;        // [num_experts]
+  int32_t* const copied_;         // [NumCopiedWords(model)]
+  int32_t* const scores_;         // [num_experts]
   const int16_t* const weights_;  // of what is routed now, the layer's first row
   const int32_t layer_;
   const int32_t first_expert_;
+  const bool may_use_copy_;
 
   NeedOutcome outcome_{};
-  NeedAhead ahead_{};  // of the expert that the thread is scoring
+  NeedAhead ahead_{};  // of the thread's first expert
 };
 
 }  // namespace expertflow

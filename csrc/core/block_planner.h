@@ -35,8 +35,8 @@ namespace expertflow {
 // Lies in the shared memory of the block.
 struct BlockPlannerShared {
   BlockSelection selection;
-  int32_t routed[kMaxRoutedIds];     // experts, by place in the routed ids
-  int32_t residence[kMaxRoutedIds];  // by place in the routed ids, see Residence
+  alignas(16) int32_t routed[kMaxRoutedIds];  // experts, by place in the routed ids
+  int32_t residence[kMaxRoutedIds];           // by place in the routed ids, see Residence
   struct MissingRow {
     int64_t key;
     int32_t expert;
@@ -52,7 +52,7 @@ EXPERTFLOW_HD inline int32_t NumPlannerWords(const PlanningView& planning) {
   const int32_t num_experts = planning.table.num_experts;
   const int32_t num_words = (kWordsOfSlot + 1) * num_experts;
   if (planning.policy != PolicyKind::kPredictedNeed) return num_words;
-  return num_words + num_experts + NumCopiedWords(planning.need.model);
+  return num_words + NumScoresWords(planning.need.model);
 }
 
 // kOneTile: as IsOneTile (core/own_slots.h) says; a kernel of less code, which takes less time.
@@ -65,10 +65,10 @@ class BlockPlanner {
       : block_(block),
         shared_(shared),
         of_layer_(reinterpret_cast<SlotOfLayer*>(shared_words)),
-        copied_(reinterpret_cast<int32_t*>(of_layer_ + planning.table.num_experts)),
-        first_of_expert_(copied_ + (kLearns ? NumCopiedWords(planning.need.model) : 0)),
-        need_(block, first_of_expert_ + planning.table.num_experts, copied_, planning.need,
-              request.layer, FirstExpertOf(block.thread(), block.num_threads())),
+        for_need_(reinterpret_cast<int32_t*>(of_layer_ + planning.table.num_experts)),
+        first_of_expert_(for_need_ + (kLearns ? NumScoresWords(planning.need.model) : 0)),
+        need_(block, for_need_, planning.need, request.layer,
+              FirstExpertOf(block.thread(), block.num_threads())),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -82,6 +82,7 @@ class BlockPlanner {
     block_.WaitForPrevious();
     block_.Mark(PlanPhase::kReleased);
     NoteRouted(AskForAll(own));
+    if constexpr (kLearns) need_.Prepare();
     now_ = clock_.now + 1;
     const uint32_t least_of_others = own.RankOthers(now_);
     ShareLeast(block_, shared_.selection, least_of_others);
@@ -120,6 +121,11 @@ class BlockPlanner {
       of_layer_[e] = SlotOfLayer{};
     }
     if (has_id_) shared_.residence[thread_] = Residence::kMissing;
+    if constexpr (kLearns) {
+      if (thread_ < request_.ids.count + decltype(need_)::kAtOnce && thread_ < kMaxRoutedIds) {
+        shared_.routed[thread_] = 0;
+      }
+    }
     if (thread_ < BlockSelection::kNumBins) shared_.selection.least[thread_] = kNoOrder;
     if (thread_ == 0) {
       shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
@@ -331,7 +337,7 @@ class BlockPlanner {
   Block& block_;
   BlockPlannerShared& shared_;
   SlotOfLayer* const of_layer_;     // [num_experts]
-  int32_t* const copied_;           // of the need model
+  int32_t* const for_need_;         // [NumScoresWords(model)]
   int32_t* const first_of_expert_;  // [num_experts]
   std::conditional_t<kLearns, BlockNeedScores<Block>, NoModel> need_;
   PlanningView planning_;

@@ -89,7 +89,7 @@ class BlockNeedScores {
 
   // Scores the layer's experts. `routed` are the experts of the ids, of which there are num_ids,
   // with zeros behind them up to a multiple of kAtOnce. `first_of_expert` [num_experts] is an
-  // expert's first place there, or `not_routed`. Called by all threads, behind a barrier.
+  // expert's first place there, or `not_routed`. Called by whole warps, behind a barrier.
   // Afterwards a thread can read the scores of its own experts, and behind another barrier all.
   EXPERTFLOW_DEVICE void Observe(const int32_t* routed, int32_t num_ids,
                                  const int32_t* first_of_expert, int32_t not_routed) {

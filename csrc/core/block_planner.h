@@ -18,9 +18,11 @@
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
-// SyncWarp(), CopyAsync(to, from), of one or four words into shared memory, for which
-// WaitForCopies() waits, Release(word, value), which lets the host see `value` only after all that
-// the block wrote before, and Mark(phase), which says that a phase has ended.
+// SyncWarp(), SyncSome(arrives, waits, num_threads), a barrier for the warps that arrive,
+// num_threads in all, where only those wait that are asked to, CopyAsync(to, from), of one or four
+// words into shared memory, for which WaitForCopies() waits, Release(word, value), which lets the
+// host see `value` only after all that the block wrote before, and Mark(phase), which says that a
+// phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
 // the ids, the tick, every slot and what a policy that learns knows of the experts, and five
@@ -78,20 +80,19 @@ class BlockPlanner {
     has_id_ = thread_ < request_.ids.count;
     Slots own(block_, planning_, request_.layer, first_of_expert_, of_layer_);
     PrepareShared();
+    block_.WaitForCopies();
     block_.Mark(PlanPhase::kPrepared);
     block_.WaitForPrevious();
     block_.Mark(PlanPhase::kReleased);
     NoteRouted(AskForAll(own));
-    if constexpr (kLearns) need_.Prepare();
     now_ = clock_.now + 1;
+    if constexpr (kLearns) ObserveNeeds();
     const uint32_t least_of_others = own.RankOthers(now_);
     ShareLeast(block_, shared_.selection, least_of_others);
-    block_.WaitForCopies();
     block_.Sync();
     block_.Mark(PlanPhase::kRouted);
     has_bad_ids_ = shared_.num_bad_ids > 0;
-    if constexpr (kLearns) ObserveNeeds();
-    block_.Mark(PlanPhase::kScored);
+    if constexpr (kLearns) has_observed_ = !has_bad_ids_ && need_.IsNew(now_);
     const uint32_t least = Smaller(least_of_others, RankOfLayer(own));
     SortLeast(block_, shared_.selection);
     if constexpr (!kLearns) UseKey();
@@ -174,10 +175,20 @@ class BlockPlanner {
     return expert_ >= 0 && first_of_expert_[expert_] == thread_;
   }
 
-  // As Planner::ObserveNeeds does.
+  // As Planner::ObserveNeeds does, by the warps that have experts, once those have come that have
+  // ids; the others rank slots meanwhile.
   EXPERTFLOW_DEVICE void ObserveNeeds() {
-    if (has_bad_ids_ || !need_.IsNew(now_)) return;
-    has_observed_ = true;
+    need_.Prepare();
+    const auto whole_warps = [](int32_t num_threads) {
+      return (num_threads + Block::kWarpSize - 1) / Block::kWarpSize * Block::kWarpSize;
+    };
+    const int32_t num_with_id = whole_warps(request_.ids.count);
+    const int32_t num_with_expert = whole_warps(planning_.table.num_experts);
+    const bool has_experts = block_.num_threads() - thread_ <= num_with_expert;
+    const int32_t num_any = num_with_id + num_with_expert;
+    block_.SyncSome(thread_ < num_with_id || has_experts, has_experts,
+                    num_any < block_.num_threads() ? num_any : block_.num_threads());
+    if (!has_experts || shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
     need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
   }
 

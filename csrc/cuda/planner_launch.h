@@ -46,25 +46,17 @@ inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t 
                               std::to_string(value) + ": the limit is " + std::to_string(limit));
 }
 
-constexpr size_t kSharedBytesOfAnyKernel = 48 * 1024;
-
-// Shared memory for copies of weights, which is no part of what any kernel may have.
+// Shared memory for copies of weights, for which a kernel may have more than others.
 inline size_t CopiedBytes(const PlanningView& planning) {
   if (planning.policy != PolicyKind::kPredictedNeed) return 0;
   return sizeof(int32_t) * static_cast<size_t>(NumCopiedWords(planning.need.model));
 }
 
-// Lets a planner kernel have more shared memory than any kernel may.
-inline void AllowSharedBytes(const void* kernel, size_t shared_bytes) {
-  if (shared_bytes + sizeof(BlockPlannerShared) <= kSharedBytesOfAnyKernel) return;
-  EXPERTFLOW_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes)));
-}
-
 // Whether a block has room for `bytes_of_experts`, which grow with the layer's experts.
 inline void CheckShared(const PlanningView& planning, size_t fixed_bytes, size_t bytes_of_experts) {
+  constexpr size_t kMaxBytes = 48 * 1024;
   const auto num_experts = static_cast<size_t>(planning.table.num_experts);
-  const size_t limit = num_experts * (kSharedBytesOfAnyKernel - fixed_bytes) / bytes_of_experts;
+  const size_t limit = num_experts * (kMaxBytes - fixed_bytes) / bytes_of_experts;
   CheckPlannable(num_experts <= limit, "experts per layer", planning.table.num_experts,
                  static_cast<int64_t>(limit));
 }
@@ -108,7 +100,10 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
     const auto* kernel =
         is_one_tile ? reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, true>)
                     : reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, false>);
-    AllowSharedBytes(kernel, shared_bytes);
+    if (CopiedBytes(planning) > 0) {
+      EXPERTFLOW_CUDA_CHECK(cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    }
     void* arguments[] = {const_cast<PlanningView*>(&planning),
                          const_cast<LayerPlanRequest*>(&request), &block};
     LaunchOverlapped({.kernel = kernel,

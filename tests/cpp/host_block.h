@@ -71,6 +71,7 @@ class HostBlock {
 
   void WaitForPrevious() {}
   void SyncWarp() {}
+  void SyncSome(bool, bool, int32_t) { Sync(); }
   void Mark(PlanPhase) {}
   template <class Words>
   void CopyAsync(Words& to, const Words& from) {

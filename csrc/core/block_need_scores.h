@@ -53,9 +53,9 @@ class BlockNeedScores {
         first_expert_(first_expert),
         may_use_copy_(state.model.num_layers > 1 && NumCopiedWords(state.model) > 0) {}
 
-  // Copies weights, before the wait for the previous kernel: they were last written behind the last
-  // plan of the same layer, and the plan or the lesson of another was waited for since. If not, the
-  // copy is not used, see Observe.
+  // Copies weights, before the wait for the previous kernel. Only the lesson of the same layer
+  // writes them. If the last lesson was that of the layer before, it had waited for all earlier
+  // ones before it let this kernel start; if not, the copy is not used, see Observe.
   EXPERTFLOW_DEVICE void CopyWeights() {
     const int32_t num_words = NumCopiedWords(model_);
     const auto* words = reinterpret_cast<const int32_t*>(weights_);

@@ -18,7 +18,7 @@
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
-// SyncWarp(), SyncSome(arrives, waits, num_threads), a barrier for the warps that arrive,
+// SyncWarp(), SyncSome(arrives, waits, num_threads), once, a barrier for the warps that arrive,
 // num_threads in all, where only those wait that are asked to, CopyAsync(to, from), of one or four
 // words into shared memory, for which WaitForCopies() waits, Release(word, value), which lets the
 // host see `value` only after all that the block wrote before, and Mark(phase), which says that a

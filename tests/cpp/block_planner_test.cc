@@ -31,21 +31,22 @@ class HostNeedState {
       : arrays_(shape.num_layers, shape.num_experts, shape.top_k, shape.num_slots),
         latest_count_(static_cast<size_t>(shape.num_layers)),
         latest_(static_cast<size_t>(shape.num_layers * shape.num_experts)),
-        ahead_(static_cast<size_t>(shape.num_experts)),
-        observed_(static_cast<size_t>(shape.num_experts)) {}
+        to_learn_(static_cast<size_t>(shape.num_layers), -1),
+        ahead_sums_(static_cast<size_t>(arrays_.state().width)) {}
 
   BlockNeedState view() {
-    return {arrays_.state(), latest_count_.data(), latest_.data(),
-            ahead_.data(),   observed_.data(),     &outcome_};
+    return {arrays_.state(), latest_count_.data(), latest_.data(), to_learn_.data(), &retried_,
+            &ahead_,         ahead_sums_.data()};
   }
 
  private:
   NeedArrays arrays_;
   std::vector<int32_t> latest_count_;
   std::vector<int32_t> latest_;
-  std::vector<NeedAhead> ahead_;
-  std::vector<NeedObserved> observed_;
-  NeedOutcome outcome_;
+  std::vector<int64_t> to_learn_;
+  NeedRetry retried_;
+  NeedAhead ahead_;
+  std::vector<int32_t> ahead_sums_;
 };
 
 // The planner kernel on the CPU, with a table of its own.
@@ -71,7 +72,7 @@ class CpuBlockPlanner {
                                    .plan = &plan_,
                                    .host_plan = &host_plan_};
     WithPolicy(planning_.policy, [&]<class Policy>(Policy) {
-      int32_t* words = SharedWords(NumPlannerWords(planning_));
+      int32_t* words = SharedWords(NumPlannerWords(planning_.policy, planning_.table.num_experts));
       const int32_t num_threads = NumThreads(request.ids.count);
       const bool is_one_tile = IsOneTile(planning_, layer, num_threads);
       RunHostBlock(num_threads, [&](HostBlock& block) {
@@ -96,11 +97,9 @@ class CpuBlockPlanner {
   void Learn(int32_t layer) {
     const NeedState& model = planning_.need.model;
     int32_t* words = SharedWords(NumLearnerWords(model.num_experts, model.width));
-    BlockLearnerShared shared;
+    int32_t num_inputs;
     RunHostBlock(kNumThreads, [&](HostBlock& block) {
-      BlockNeedLearner<HostBlock>(block, shared, words, planning_.need, planning_.table.expert_key,
-                                  layer)
-          .Learn();
+      BlockNeedLearner<HostBlock>(block, num_inputs, words, planning_.need, layer).Learn();
     });
   }
 

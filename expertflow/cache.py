@@ -269,7 +269,9 @@ class ExpertCache:
     def prefetch_predicted(self, need: NDArray[np.float32]) -> int:
         """Fetch what is worth it of what later layers will probably need.
 
-        After `begin_prefetch` or `begin_token`.
+        After `begin_prefetch` or `begin_token`. With the adaptive horizon it replaces what an
+        earlier call has posted and is not under way yet: that is taken back unless it is worth it
+        by this `need` too.
 
         Args:
             need: [distances, experts]: row d - 1 has the probability that the MoE layer d after
@@ -277,7 +279,8 @@ class ExpertCache:
                 follow, layer 0 first. Rows beyond the horizon are ignored.
 
         Returns:
-            How many experts were posted: nearer layers first, the more probable expert first.
+            How many experts were posted: the more probable ones first, with a fixed horizon those
+            of nearer layers.
         """
         with self.lock:
             return self._core.prefetch_predicted(need)

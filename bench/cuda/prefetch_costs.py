@@ -35,13 +35,13 @@ class Costs:
         beside_copies = self._share_beside_copies(seen, load, num_layers)
         slowdown = self.copy_slowdown
         missing = (seen.counts["misses"] + seen.counts["late_hits"]) / seen.tokens / num_layers
-        layer_us = seen.layer_us - missing * self.miss_us
+        layer_us = max(seen.layer_us - missing * self.miss_us, planned_us)
         return Machine(
             expert_cache=num_slots * load.expert_bytes,
             expert_bytes=load.expert_bytes,
             link=self.link,
             layer_time_us=layer_us * (1 - beside_copies * slowdown / (1 + slowdown)),
-            expert_share=min(planned_us / layer_us, 1.0),
+            expert_share=planned_us / layer_us,
             chunk_bytes=CHUNK_BYTES,
             demand_chunk_bytes=load.demand_chunk_bytes,
             miss_us=self.miss_us,
@@ -78,16 +78,20 @@ def measure_costs(load: Load, trace: Trace, foreseen: dict[str, Foreseen], token
         run(load, cache, prefetcher, 0, tokens)  # until all that they route to is resident
         runs[method.calls] = run(load, cache, prefetcher, 0, tokens)
     planned_us = runs[NO_PREFETCH.calls].planned_us
-    half = load.cache(num_experts // 2, OURS)
-    misses = run(load, half, Prefetcher(half, NO_PREFETCH, {}), 0, tokens)
     assert planned_us is not None
     return Costs(
         link=load.link(),
         copy_slowdown=measure_copy_slowdown(load, resident_cache()),
         planned_us=planned_us,
-        miss_us=max(misses.miss_us or 0.0, 0.0),
+        miss_us=measure_miss_us(load, load.cache(num_experts // 2, OURS), tokens),
         resident_us={calls: one.token_us for calls, one in runs.items()},
     )
+
+
+def measure_miss_us(load: Load, half_resident: ExpertCache, tokens: int) -> float:
+    """As of a Run."""
+    seen = run(load, half_resident, Prefetcher(half_resident, NO_PREFETCH, {}), 0, tokens)
+    return max(seen.miss_us or 0.0, 0.0)
 
 
 def measure_copy_slowdown(load: Load, cache: ExpertCache) -> float:

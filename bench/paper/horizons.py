@@ -4,9 +4,9 @@
 
 A cell is a trace and its predictor (recorded, or from ids; sometimes the perfect one), a cache of
 12.5 to 75 %, a link, 40 to 1912 us a layer, a cache scope and an eviction policy; all methods of a
-cell share these. Cells of the sizes of DeepSeek-V2-Lite's experts. `auto` shall never stall longer
-than without prefetch, nor by more than 2 % of the on-demand stall longer than the best of the fixed
-horizons. Stalls are shares of the on-demand stall. Constants are fitted on first halves.
+cell share these. Experts are of DeepSeek-V2-Lite's size. Marked are cells in which `auto` stalls
+longer than without prefetch, or by more than 2 % of the on-demand stall longer than the best of the
+fixed horizons. Stalls are shares of the on-demand stall. Constants are fitted on first halves.
 """
 
 import argparse
@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells there too")
     options = parser.parse_args()
 
+    if options.samples < 1:
+        parser.error("--samples must be at least 1")
     traces = {
         path.stem: half(load_trace(path), options.part).head(options.max_tokens)
         for path in options.traces

@@ -24,9 +24,8 @@
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
 // the ids, the tick and every slot at once, one more, beside it, for the rows' own keys and what a
-// policy that learns knows of the experts, and five barriers. Slots of other
-// layers are ranked meanwhile. Whether a routed expert is resident is told by the thread that has
-// its slot
+// policy that learns knows of the experts, and five barriers. Slots of other layers are ranked
+// meanwhile. Whether a routed expert is resident is told by the thread that has its slot
 // (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
 // expert to its slot. Rows that are resident and rows that are missing are finished by different
 // warps, at the same time.

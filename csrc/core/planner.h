@@ -76,7 +76,8 @@ class Planner {
 
   // The prefetch into `slot` is taken back before any of it was copied, and no plan needs it. What
   // it had replaced is still there, and resident again, unless it is elsewhere by now or the
-  // current plan brings it; then the slot is empty. The eviction stays counted.
+  // current plan brings it; then the slot is empty. The eviction stays counted,
+  // and what it had replaced as wasted if that was a prefetch without a use.
   void Withdraw(SlotId slot);
 
   // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the

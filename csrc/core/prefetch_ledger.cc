@@ -43,7 +43,7 @@ void PrefetchLedger::RecordPrefetch(SlotId slot, ExpertId expert, Tick now) {
 void PrefetchLedger::RecordWithdrawal(SlotId slot) {
   Holder& holder = holders_[static_cast<size_t>(Index(slot))];
   counts_.regretted += IsRegretted(holder);
-  holder = {.expert = holder.evicted};
+  holder = {.expert = table_.slot_expert[Index(slot)]};
 }
 
 void PrefetchLedger::Leave(const Holder& holder) {

@@ -30,8 +30,8 @@ class PrefetchLedger {
   // `slot` was given to `expert` at tick `now` (Planner::PlanPrefetch).
   void RecordPrefetch(SlotId slot, ExpertId expert, Tick now);
 
-  // The prefetch into `slot` was taken back before anything was copied. It is neither used nor
-  // wasted; who is given the slot next evicts what it had evicted.
+  // The prefetch into `slot` was taken back before anything was copied (Planner::Withdraw). It is
+  // neither used nor wasted.
   void RecordWithdrawal(SlotId slot);
 
   Counts TakeCounts();

@@ -83,8 +83,9 @@ class Prefetcher {
   // Protects those of `predictions` that are resident and expected, and posts those that are
   // admitted: the more probable expert first, unless that would make a prefetch late that is needed
   // later. What was posted before, and waits, is decided anew beside them, and taken back if it is
-  // not admitted. With a fixed horizon, posts the top-k of each distance, which come in that order,
-  // the nearer layers first. Reorders `predictions`. Returns how many were posted.
+  // not admitted, or not among them: nothing to say is no reason to call. With a fixed horizon,
+  // posts the top-k of each distance, which come in that order, the nearer layers first. Reorders
+  // and shortens `predictions`. Returns how many were posted.
   int32_t Prefetch(std::vector<Prediction>& predictions, const Post& post);
 
   // The same for the probabilities `need` [distances, num_experts]: row d - 1 is about the layer d

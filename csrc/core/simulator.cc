@@ -176,7 +176,7 @@ void Simulator::PrefetchFirstLayers() {
   const int32_t horizon = prefetcher_.BeginToken(1, static_cast<double>(until_plan_ns) * 1e-3);
   predictions_.clear();
   predictor_->PredictToken(step_, horizon, predictions_);
-  PostPredicted();
+  if (!predictions_.empty()) PostPredicted();  // else what waits would be taken back
 }
 
 void Simulator::PostPredicted() {

@@ -138,6 +138,13 @@ TEST_F(PrefetchLedgerTest, VictimThatIsMissedBeforeTheWithdrawalIsRegretted) {
   planner.Withdraw(slot);
   ledger_.RecordWithdrawal(slot);
   ExpectCounts(0, 0, 0, 1);
+  // 0 is elsewhere, so the slot is empty, and what is prefetched into it evicts none.
+  ++now_;
+  ASSERT_EQ(planner.PlanPrefetch({0, 4}, now_, now_ + 2), slot);
+  ledger_.RecordPrefetch(slot, {0, 4}, now_);
+  planner.Publish(slot);
+  for (const int64_t expert : {5, 6, 0}) need(expert);  // evict 2, 0 and 4
+  ExpectCounts(0, 0, 1, 0);
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ class VirtualCache {
     const int32_t horizon = control_.BeginToken(1, now_ns_ * 1e-3);
     predictions_.clear();
     predictor_.PredictToken(step_, horizon, predictions_);
-    PostPredicted(horizon);
+    if (!predictions_.empty()) PostPredicted(horizon);
   }
 
   void Prefetch() {

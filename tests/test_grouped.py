@@ -16,25 +16,30 @@ def plan_row(**columns):
 
 @st.composite
 def plans(draw):
-    """Rows, how many of them are hits, and how many slots the others take in turn."""
+    """Rows, and how many of them are hits; the others take some slots in turn.
+
+    These are slots of their own or, where none could be taken, those of the hits.
+    """
     slots = draw(st.lists(st.integers(0, 6000), min_size=1, max_size=40, unique=True))
     num_hits = draw(st.integers(0, len(slots)))
-    in_turn = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    first, in_turn = num_hits, draw(st.sampled_from([1, 2, 3, 4, 16]))
+    if num_hits > 0 and draw(st.booleans()):
+        first, in_turn = 0, num_hits
     rows = []
-    for index, slot in enumerate(slots):
-        is_hit = index < num_hits
-        first_in_turn = index if is_hit else num_hits + (index - num_hits) % in_turn
-        has_next = not is_hit and index + in_turn < len(slots)
+    for index in range(len(slots)):
+        takes_turns = index >= first
         rows.append(
             plan_row(
                 EXPERT=index,
-                SLOT=slot if is_hit else slots[first_in_turn],
-                STATE=ops.HIT if is_hit else ops.MISS,
+                SLOT=slots[first + (index - first) % in_turn if takes_turns else index],
+                STATE=ops.HIT if index < num_hits else ops.MISS,
                 COUNT=draw(st.integers(1, 9)),
-                NEXT_ROW=index + in_turn if has_next else ops.NO_ROW,
+                NEXT_ROW=index + in_turn
+                if takes_turns and index + in_turn < len(slots)
+                else ops.NO_ROW,
             )
         )
-    return rows, num_hits, in_turn
+    return rows, num_hits
 
 
 def parts_of(rows, num_hits):
@@ -43,7 +48,7 @@ def parts_of(rows, num_hits):
 
 @given(plans())
 def test_every_row_is_in_one_part_with_its_slot_and_count(plan):
-    rows, num_hits, _ = plan
+    rows, num_hits = plan
     parts = parts_of(rows, num_hits)
     assert sorted(index for part in parts for index in part.rows) == list(range(len(rows)))
     for part in parts:
@@ -56,7 +61,7 @@ def test_every_row_is_in_one_part_with_its_slot_and_count(plan):
 
 @given(plans())
 def test_a_part_waits_for_no_slot_that_it_holds_or_a_later_one_releases(plan):
-    rows, num_hits, _ = plan
+    rows, num_hits = plan
     waiting = {row[ops.NEXT_ROW] for row in rows} - {ops.NO_ROW}
     for part in parts_of(rows, num_hits):
         assert not waiting.intersection(part.rows)

@@ -15,11 +15,11 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stall_bench import EXPERT_BYTES, FIXED_STEPS, half
+from stall_bench import EXPERT_BYTES, FIXED_STEPS, load_part, own_predictor, trace_options
 
 from expertflow.link_profiles import LINK_PROFILES
 from expertflow.simulation import Machine, Simulation
-from expertflow.traces import Trace, load_trace
+from expertflow.traces import Trace
 
 PERFECT_SHARE = 0.25  # of the cells
 ALLOWED_ABOVE_FIXED = 0.02
@@ -38,10 +38,9 @@ class Cell:
     @staticmethod
     def draw(rng: random.Random, traces: dict[str, Trace]) -> "Cell":
         name = rng.choice(sorted(traces))
-        own = "ids" if traces[name].predicted_ids is None else "trace"
         return Cell(
             trace=name,
-            predictor="oracle" if rng.random() < PERFECT_SHARE else own,
+            predictor="oracle" if rng.random() < PERFECT_SHARE else own_predictor(traces[name]),
             expert_cache=rng.choice((0.125, 0.25, 0.5, 0.75)),
             link=rng.choice(("a6000", "a6000-paper", "h200")),
             layer_time_us=rng.choice((40, 100, 216, 500, 1000, 1912)),
@@ -68,23 +67,18 @@ class Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[trace_options(max_tokens=4000, warmup_tokens=1000)],
     )
-    parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE.npz")
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--part", choices=("first", "second"), default="second")
-    parser.add_argument("--max-tokens", type=int, default=4000)
-    parser.add_argument("--warmup-tokens", type=int, default=1000)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the cells there too")
     options = parser.parse_args()
 
     if options.samples < 1:
         parser.error("--samples must be at least 1")
-    traces = {
-        path.stem: half(load_trace(path), options.part).head(options.max_tokens)
-        for path in options.traces
-    }
+    traces = {path.stem: load_part(path, options) for path in options.traces}
     rng = random.Random(options.seed)
     cells = []
     for _ in range(options.samples):

@@ -76,7 +76,7 @@ def run_cell(
         expert_share=ROUTED_BYTES / LAYER_BYTES,
     )
     simulation = Simulation(trace, machine, warmup_tokens=warmup)
-    predictor = "ids" if trace.predicted_ids is None else "trace"
+    predictor = own_predictor(trace)
     fixed = {step: simulation.run("lru", predictor, step) for step in FIXED_STEPS}
     best = min(fixed, key=lambda step: fixed[step]["stall_us_per_token"])
     rows = {
@@ -106,11 +106,32 @@ def run_cell(
     )
 
 
-def half(trace: Trace, part: str) -> Trace:
-    """Half of the tokens, as one sequence: the simulator knows no sequences."""
+def own_predictor(trace: Trace) -> str:
+    """The one that was recorded, or one that sees ids only."""
+    return "ids" if trace.predicted_ids is None else "trace"
+
+
+def trace_options(max_tokens: int, warmup_tokens: int) -> argparse.ArgumentParser:
+    """Which traces to run, and how much of them: a parent of parsers."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE.npz")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens)
+    parser.add_argument("--warmup-tokens", type=int, default=warmup_tokens)
+    parser.add_argument(
+        "--part",
+        choices=("first", "second"),
+        default="second",
+        help="half of the trace: constants were fitted on first halves (default: %(default)s)",
+    )
+    return parser
+
+
+def load_part(path: Path, options: argparse.Namespace) -> Trace:
+    """What `trace_options` ask for, as one sequence: the simulator knows no sequences."""
+    trace = load_trace(path)
     middle = trace.num_tokens // 2
-    tokens = slice(None, middle) if part == "first" else slice(middle, None)
-    return trace.part(tokens)
+    tokens = slice(None, middle) if options.part == "first" else slice(middle, None)
+    return trace.part(tokens).head(options.max_tokens)
 
 
 def table(cells: list[Cell]) -> str:
@@ -175,16 +196,9 @@ def plot(cells: list[Cell], path: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE.npz")
-    parser.add_argument("--max-tokens", type=int, default=12000)
-    parser.add_argument("--warmup-tokens", type=int, default=2000)
-    parser.add_argument(
-        "--part",
-        choices=("first", "second"),
-        default="second",
-        help="half of the trace: constants were fitted on first halves (default: %(default)s)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[trace_options(max_tokens=12000, warmup_tokens=2000)],
     )
     parser.add_argument(
         "--eager-layer-time-us",
@@ -197,7 +211,7 @@ def main() -> None:
 
     cells = []
     for path in options.traces:
-        trace = half(load_trace(path), options.part).head(options.max_tokens)
+        trace = load_part(path, options)
         for profile, memory_gbps in MEMORY_GBPS.items():
             roofline = ("roofline", LAYER_BYTES / memory_gbps / 1e3)
             for layer_time in (roofline, ("eager", options.eager_layer_time_us)):

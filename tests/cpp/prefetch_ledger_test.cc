@@ -29,6 +29,11 @@ class PrefetchLedgerTest : public testing::Test {
     return slot;
   }
 
+  void Withdraw(SlotId slot) {
+    planner_.Withdraw(slot);
+    ledger_.RecordWithdrawal(slot);
+  }
+
   void ExpectCounts(int32_t used, int32_t ready, int32_t wasted, int32_t regretted) {
     const PrefetchLedger::Counts counts = ledger_.TakeCounts();
     EXPECT_EQ(counts.used, used);
@@ -104,8 +109,7 @@ TEST_F(PrefetchLedgerTest, WithdrawnIsNeitherUsedNorWasted) {
   Need(0);
   Need(1);
   const SlotId slot = Prefetch(2, /*is_late=*/true);  // evicts 0
-  planner_.Withdraw(slot);
-  ledger_.RecordWithdrawal(slot);
+  Withdraw(slot);
   Need(0);
   Need(2);  // evicts 1
   ExpectCounts(0, 0, 0, 0);
@@ -115,8 +119,7 @@ TEST_F(PrefetchLedgerTest, WhatAWithdrawnOneEvictedIsTheVictimOfTheNext) {
   Need(0);
   Need(1);
   const SlotId slot = Prefetch(2, /*is_late=*/true);  // evicts 0
-  planner_.Withdraw(slot);
-  ledger_.RecordWithdrawal(slot);
+  Withdraw(slot);
   ASSERT_EQ(Prefetch(3), slot);
   Need(0);  // evicts 3
   ExpectCounts(0, 0, 1, 1);

@@ -42,22 +42,21 @@ class Slots:
         self._weights: list[ExpertWeights | None] = [None] * num_slots
         self._stacked: ExpertWeights = {}  # on CUDA: of all slots
         if isinstance(self._memory, Tensor):
-            self._stacked = {
-                role: self._memory[:, offset : offset + num_bytes].view(dtype).unflatten(1, shape)
-                for role, dtype, offset, num_bytes, shape in self._segments
-            }
+            self._stacked = self._views(self._memory)
 
     def weights(self, slot: int) -> ExpertWeights:
         """Return the tensors in `slot`."""
         weights = self._weights[slot]
         if weights is None:
-            memory = self._memory_of(slot)
-            weights = {
-                role: memory[offset : offset + num_bytes].view(dtype).view(shape)
-                for role, dtype, offset, num_bytes, shape in self._segments
-            }
-            self._weights[slot] = weights
+            weights = self._weights[slot] = self._views(self._memory_of(slot))
         return weights
+
+    def _views(self, memory: Tensor) -> ExpertWeights:
+        """The tensors in `memory` [..., bytes], each [..., *its shape]."""
+        return {
+            role: memory[..., offset : offset + num_bytes].view(dtype).unflatten(-1, shape)
+            for role, dtype, offset, num_bytes, shape in self._segments
+        }
 
     def _memory_of(self, slot: int) -> Tensor:
         if isinstance(self._memory, Tensor):

@@ -36,7 +36,7 @@ struct TimedBlock : CudaBlock {
 __global__ void LearnAgainKernel(const BlockNeedState state, int32_t layer) {
   WaitForPrerequisites();
   LetDependentsStart();
-  state.to_learn[layer] = state.model.num_steps[layer] - 1;
+  state.outcome->observed_layer = layer;
 }
 
 }  // namespace

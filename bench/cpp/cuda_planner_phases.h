@@ -17,7 +17,8 @@ namespace expertflow {
 void LaunchTimedPlanLayer(const PlanningView& planning, const LayerPlanRequest& request,
                           int64_t* phase_cycles, cudaStream_t stream);
 
-// Enqueues a kernel after which the need model learns once more from the last step of `layer`.
+// Enqueues a kernel after which the need model records the last step of `layer` once more, as a new
+// one, and learns again.
 void LaunchLearnAgain(const PlanningView& planning, int32_t layer, cudaStream_t stream);
 
 }  // namespace expertflow

@@ -4,16 +4,23 @@
 
 #include "core/block_need_ahead.h"
 #include "core/eviction/need_state.h"
+#include "core/eviction/predicted_need.h"
 #include "core/four.h"
 #include "core/host_device.h"
 
 // The second half of what NeedModel::Observe (eviction/need_model.h) does, in a kernel of its own
-// behind the plan, whose rows do not wait for it; and what makes the next plan short. The first
-// half is core/block_need_scores.h.
+// behind the plan, whose rows do not wait for it: records what the plan observed, and learns; and
+// what makes the next plan short. The first half is core/block_need_scores.h.
 
 namespace expertflow {
 
-// Words of shared memory that learning needs.
+// Lies in the shared memory of the block.
+struct BlockLearnerShared {
+  int32_t num_inputs;  // rows that are learned from
+  int32_t num_routed;
+};
+
+// Words of shared memory that learning needs beside.
 EXPERTFLOW_HD inline int32_t NumLearnerWords(int32_t num_experts, int32_t width) {
   return NeedRules::kNumSources * num_experts + width;
 }
@@ -21,39 +28,82 @@ EXPERTFLOW_HD inline int32_t NumLearnerWords(int32_t num_experts, int32_t width)
 template <class Block>
 class BlockNeedLearner {
  public:
-  // `num_inputs` and `shared_words` [NumLearnerWords(num_experts, width)] lie in shared memory.
-  EXPERTFLOW_DEVICE BlockNeedLearner(Block& block, int32_t& num_inputs, int32_t* shared_words,
-                                     const BlockNeedState& state, int32_t layer)
+  // `shared_words` [NumLearnerWords(num_experts, width)] lie in shared memory, too. `expert_key` is
+  // the slot table's.
+  EXPERTFLOW_DEVICE BlockNeedLearner(Block& block, BlockLearnerShared& shared,
+                                     int32_t* shared_words, const BlockNeedState& state,
+                                     int64_t* expert_key, int32_t layer)
       : block_(block),
-        num_inputs_(num_inputs),
+        shared_(shared),
         state_(state),
         model_(state.model),
         inputs_(shared_words),
         first_use_(shared_words + NeedRules::kNumSources * state.model.num_experts),
+        expert_key_(expert_key),
         layer_(layer),
         thread_(block.thread()),
         lane_(block.thread() % Block::kWarpSize),
         warp_(block.thread() / Block::kWarpSize),
         num_warps_(block.num_threads() / Block::kWarpSize) {}
 
-  // Learns, once, from the step whose needs are known with the last one that was observed, and sums
-  // for the next layer.
+  // Records, once, what the layer's last plan observed, learns from the step whose needs are known
+  // with it, and sums for the next layer.
   EXPERTFLOW_DEVICE void Learn() {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e < model_.width; e += block_.num_threads()) {
       first_use_[e] = model_.window + 1;
     }
-    if (thread_ == 0) num_inputs_ = 0;
+    if (thread_ == 0) shared_.num_inputs = shared_.num_routed = 0;
     block_.WaitForPrevious();
-    const int64_t number = state_.to_learn[layer_];
+    const bool has_observed = state_.outcome->observed_layer == layer_;
+    const int64_t number = model_.num_steps[layer_];
     block_.Sync();
-    if (thread_ == 0) state_.to_learn[layer_] = -1;
-    if (number >= model_.window) LearnFrom(number - model_.window);
+    if (has_observed) {
+      Record(number);
+      if (number >= model_.window) LearnFrom(number - model_.window);
+    }
     block_.Sync();
-    SumNeedsAhead(block_, state_, layer_, first_use_, num_inputs_);
+    SumNeedsAhead(block_, state_, layer_, first_use_, inputs_, shared_.num_inputs);
   }
 
  private:
+  EXPERTFLOW_DEVICE void Record(int64_t number) {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = thread_; e < model_.num_experts; e += block_.num_threads()) {
+      RecordExpert(number, e);
+    }
+    NeedStep& step = model_.steps[model_.StepIndex(layer_, number)];
+    if (thread_ < NeedRules::kNumSources) {
+      const int32_t source_layer = model_.SourceLayer(layer_, thread_);
+      const int64_t latest = source_layer == layer_ ? number : model_.num_steps[source_layer] - 1;
+      step.source_steps[thread_] = thread_ == 1 ? latest - 1 : latest;
+    }
+    block_.Sync();
+    if (thread_ == 0) {
+      step.number = number;
+      step.num_experts = state_.latest_count[layer_] = shared_.num_routed;
+      model_.num_steps[layer_] = number + 1;
+      state_.outcome->observed_layer = -1;
+    }
+    block_.Sync();
+  }
+
+  EXPERTFLOW_DEVICE void RecordExpert(int64_t number, int32_t e) {
+    const NeedObserved observed = state_.observed[e];
+    const int64_t index = int64_t{layer_} * model_.num_experts + e;
+    int16_t& frequency = model_.frequency[int64_t{layer_} * model_.width + e];
+    const int32_t logit = observed.score - NeedRules::Carried(model_.scores[index]);
+    frequency = static_cast<int16_t>(NeedRules::Decayed(frequency) +
+                                     (observed.is_routed != 0 ? NeedRules::kUse : 0));
+    model_.scores[index] = observed.score;
+    model_.Foreseen(layer_, number)[e] = NeedRules::SigmoidIndex(logit);
+    expert_key_[index] = PredictedNeed::KeyOf(observed.score);
+    if (observed.is_routed == 0) return;
+    const int32_t place = block_.Add(shared_.num_routed, 1);
+    model_.Routed(layer_, number)[place] = e;
+    state_.latest[int64_t{layer_} * model_.num_experts + place] = e;
+  }
+
   EXPERTFLOW_DEVICE void LearnFrom(int64_t past) {
     FindUses(past);
     AddInputs(past);
@@ -92,14 +142,14 @@ class BlockNeedLearner {
       EXPERTFLOW_NO_UNROLL
       for (int32_t i = lane_; i < count; i += Block::kWarpSize) {
         const int32_t row = model_.WeightRow(layer_, s, model_.Routed(source_layer, number)[i]);
-        inputs_[block_.Add(num_inputs_, 1)] = row;
+        inputs_[block_.Add(shared_.num_inputs, 1)] = row;
       }
     }
   }
 
   EXPERTFLOW_DEVICE void StepWeights(const int32_t* gradient) {
     EXPERTFLOW_NO_UNROLL
-    for (int32_t i = warp_; i < num_inputs_; i += num_warps_) {
+    for (int32_t i = warp_; i < shared_.num_inputs; i += num_warps_) {
       EXPERTFLOW_NO_UNROLL
       for (int32_t e = 4 * lane_; e < model_.width; e += 4 * Block::kWarpSize) {
         int16_t* row = model_.Weights(inputs_[i]);
@@ -114,11 +164,12 @@ class BlockNeedLearner {
   }
 
   Block& block_;
-  int32_t& num_inputs_;  // rows in `inputs_`
+  BlockLearnerShared& shared_;
   const BlockNeedState& state_;
   const NeedState& model_;
   int32_t* const inputs_;     // [kNumSources * num_experts] rows of the weights
   int32_t* const first_use_;  // [width], then the gradients
+  int64_t* const expert_key_;
   const int32_t layer_;
   const int32_t thread_;
   const int32_t lane_;

@@ -1,206 +1,208 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/block_need_step.h"
 #include "core/eviction/need_state.h"
+#include "core/four.h"
 #include "core/host_device.h"
 #include "core/ids.h"
-#include "core/layer_plan.h"
 
 namespace expertflow {
 
+// Words of shared memory for the weights of what a layer routes now, or 0 if they are too many:
+// then they are read where they are. Their number is a multiple of four.
+EXPERTFLOW_HD inline int32_t NumCopiedWords(const NeedState& model) {
+  constexpr int64_t kMaxWords = 64 * 1024 / sizeof(int32_t);
+  const int64_t num_words = int64_t{model.num_experts} * model.width / 2;
+  return num_words <= kMaxWords ? static_cast<int32_t>(num_words) : 0;
+}
+
+// Words of shared memory that scoring needs.
+EXPERTFLOW_HD inline int32_t NumScoresWords(const NeedState& model) {
+  constexpr auto kWordsOfExpert = static_cast<int32_t>(sizeof(NeedAhead) / sizeof(int32_t)) + 1;
+  return kWordsOfExpert * model.num_experts + NumCopiedWords(model);
+}
+
 // The first half of what NeedModel::Observe (eviction/need_model.h) does, by the block of threads
 // that plans (core/block_planner.h): scores a layer's experts after what is routed now. The second
-// half is core/block_need_learner.h.
+// half, which records that and learns, is core/block_need_learner.h.
 //
-// The plan waits for it. What the sources before this step add to the scores is summed already, if
-// the block learned after the plan before (core/block_need_ahead.h), and is summed here otherwise.
+// The plan waits for it. What can be known before the layer routes is known already, if the block
+// learned after the plan of the layer before (core/block_need_ahead.h), and is found out here
+// otherwise. The weights of what is routed now are in shared memory by then.
 template <class Block>
 class BlockNeedScores {
  public:
-  // `scores` [num_experts] lie in shared memory.
-  EXPERTFLOW_DEVICE BlockNeedScores(Block& block, int32_t* scores, const BlockNeedState& state,
-                                    int32_t layer)
+  static constexpr int32_t kAtOnce = 8;  // rows that are read
+
+  // `shared_words` [NumScoresWords(model)] lie in shared memory, aligned for NeedAhead.
+  // `first_expert` is the first that the thread scores; the others follow num_threads() apart.
+  EXPERTFLOW_DEVICE BlockNeedScores(Block& block, int32_t* shared_words,
+                                    const BlockNeedState& state, int32_t layer,
+                                    int32_t first_expert)
       : block_(block),
         state_(state),
         model_(state.model),
-        scores_(scores),
+        known_(reinterpret_cast<NeedAhead*>(shared_words)),
+        copied_(reinterpret_cast<int32_t*>(known_ + state.model.num_experts)),
+        scores_(copied_ + NumCopiedWords(state.model)),
+        weights_(state.model.Weights(state.model.WeightRow(layer, 0, 0))),
         layer_(layer),
-        thread_(block.thread()),
-        layer_of_thread_(thread_ < NeedRules::kNumSources ? model_.SourceLayer(layer, thread_) : 0),
-        only_first_is_this_step_(model_.num_layers > NeedRules::kLayersBack) {}
+        first_expert_(first_expert),
+        may_use_copy_(state.model.num_layers > 1 && NumCopiedWords(state.model) > 0) {}
 
-  // Asks for all that does not depend on what is routed now, and for the first ids.
-  EXPERTFLOW_DEVICE void Ask(const RoutedIds& ids) {
-    retried_ = *state_.retried;
-    ahead_ = *state_.ahead;
-    number_ = model_.num_steps[layer_];
-    source_steps_ = model_.num_steps[layer_of_thread_];
-    if (thread_ < model_.num_experts) expert_ = Read(thread_);
-    const int32_t lane = thread_ % Block::kWarpSize;
-    if (lane < ids.count) id_of_lane_ = IdAt(ids, lane);
-  }
-
-  // Asks for the weights of the first ids, whether the layer has them or not. Called by all
-  // threads.
-  EXPERTFLOW_DEVICE void AskForWeights(int32_t num_ids) {
-    const int32_t lane = thread_ % Block::kWarpSize;
-    const bool exists = id_of_lane_ < static_cast<uint64_t>(model_.num_experts);
-    const uint32_t id = exists ? static_cast<uint32_t>(id_of_lane_) : 0;
-    uint32_t first_ids[kIdsAhead];
-    bool is_repeated = false;
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kIdsAhead; ++k) {
-      first_ids[k] = block_.OfLane(id, k);
-      is_repeated |= (k < lane) & (first_ids[k] == id);
-    }
-    first_rows_ = block_.Ballot((lane < kIdsAhead) & (lane < num_ids) & !is_repeated);
-    if (thread_ >= model_.num_experts) return;
-    const int16_t* weights = model_.Weights(model_.WeightRow(layer_, 0, 0)) + thread_;
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kIdsAhead; ++k) {
-      first_weights_[k] = weights[static_cast<int32_t>(first_ids[k]) * model_.width];
+  // Copies weights, before the wait for the previous kernel. Only the lesson of the same layer
+  // writes them. If the last lesson was that of the layer before, it had waited for all earlier
+  // ones before it let this kernel start; if not, the copy is not used, see Observe.
+  EXPERTFLOW_DEVICE void CopyWeights() {
+    const int32_t num_words = NumCopiedWords(model_);
+    const auto* words = reinterpret_cast<const int32_t*>(weights_);
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t i = 4 * block_.thread(); i < num_words; i += 4 * block_.num_threads()) {
+      block_.CopyAsync(*reinterpret_cast<Four<int32_t>*>(copied_ + i),
+                       *reinterpret_cast<const Four<int32_t>*>(words + i));
     }
   }
 
-  // Adds them up, once nothing else is left to do before they come.
-  EXPERTFLOW_DEVICE void SumFirstWeights() {
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kIdsAhead; ++k) {
-      first_sum_ += (first_rows_ >> k & 1) != 0 ? first_weights_[k] : 0;
-    }
+  // Asks for all else that does not depend on what is routed now.
+  EXPERTFLOW_DEVICE void Ask() {
+    outcome_ = *state_.outcome;
+    if (first_expert_ < model_.num_experts) ahead_ = state_.ahead[first_expert_];
   }
 
   // Whether the plan of tick `now` is the first to see its routes.
   EXPERTFLOW_DEVICE bool IsNew(Tick now) const {
-    return retried_.layer != layer_ || retried_.tick != now;
+    return outcome_.retried_layer != layer_ || outcome_.retried_tick != now;
   }
 
-  // Scores the layer's experts. `routed` [num_ids] are the experts of the ids, `first_of_expert`
-  // [num_experts] an expert's first place there, or `not_routed`. Called by all threads, behind a
-  // barrier. Afterwards a thread can read the scores of its own experts, one in num_threads(), and
-  // behind another barrier all.
+  // Finds out what is not known, before the barrier behind which the routes are.
+  EXPERTFLOW_DEVICE void Prepare() {
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t e = first_expert_; e < model_.num_experts; e += block_.num_threads()) {
+      if (e != first_expert_) ahead_ = state_.ahead[e];
+      if (ahead_.layer != layer_) ahead_ = FindOut(e);
+      known_[e] = ahead_;
+    }
+  }
+
+  // Scores the layer's experts. `routed` are the experts of the ids, of which there are num_ids,
+  // with zeros behind them up to a multiple of kAtOnce. `first_of_expert` [num_experts] is an
+  // expert's first place there, or `not_routed`. Called by whole warps, behind a barrier.
+  // Afterwards a thread can read the scores of its own experts, and behind another barrier all.
   EXPERTFLOW_DEVICE void Observe(const int32_t* routed, int32_t num_ids,
                                  const int32_t* first_of_expert, int32_t not_routed) {
     EXPERTFLOW_NO_UNROLL
-    for (int32_t e = thread_; e < model_.num_experts; e += block_.num_threads()) {
-      if (e != thread_) expert_ = Read(e);
-      const WeightSum sum = SumWeights(e, routed, num_ids, first_of_expert);
-      Score(sum, first_of_expert[e] != not_routed);
-      scores_[e] = expert_.score;
-      if (model_.num_experts > block_.num_threads()) Store(e);
+    for (int32_t e = first_expert_; IsOfWarp(e); e += block_.num_threads()) {
+      const int32_t existing = e < model_.num_experts ? e : 0;
+      const NeedAhead known = known_[existing];
+      // Of one layer, the lesson just before may have changed the weights since they were copied.
+      const bool is_copied = (known.layer == layer_) & may_use_copy_;
+      WeightSum sum{known.sum, known.num_inputs};
+      AddRouted(sum, is_copied ? reinterpret_cast<const int16_t*>(copied_) : weights_, existing,
+                routed, num_ids, first_of_expert);
+      if (e < model_.num_experts) Score(e, sum, known.rest, first_of_expert[e] != not_routed);
     }
   }
 
   EXPERTFLOW_DEVICE const int32_t* scores() const { return scores_; }
 
-  // Records the step that was observed, in which `num_rows` experts are routed: `expert` at `place`
-  // of them, or none of the thread's if below 0. At the end of a plan, since nothing in it waits
-  // for that. Called by all threads.
-  EXPERTFLOW_DEVICE void Record(int32_t expert, int32_t place, int32_t num_rows) {
-    if (thread_ < model_.num_experts && model_.num_experts <= block_.num_threads()) Store(thread_);
-    if (expert >= 0) {
-      model_.Routed(layer_, number_)[place] = expert;
-      state_.latest[int64_t{layer_} * model_.num_experts + place] = expert;
-    }
-    NeedStep& step = model_.steps[model_.StepIndex(layer_, number_)];
-    if (thread_ < NeedRules::kNumSources) {
-      const bool is_this_step = thread_ != 1 && layer_of_thread_ == layer_;
-      step.source_steps[thread_] = is_this_step ? number_ : source_steps_ - 1;
-    }
-    if (thread_ != 0) return;
-    step.number = number_;
-    step.num_experts = state_.latest_count[layer_] = num_rows;
-    model_.num_steps[layer_] = number_ + 1;
-    state_.to_learn[layer_] = number_;
-    state_.ahead->layer = -1;
-  }
-
-  // Whether the plan found no slots and comes again; by one thread, at its end.
-  EXPERTFLOW_DEVICE void NoteOutcome(bool comes_again, Tick now) {
-    *state_.retried = {now, comes_again ? layer_ : -1};
+  // Whether there is something to record, and whether the plan found no slots and comes again; by
+  // one thread, at its end.
+  EXPERTFLOW_DEVICE void NoteOutcome(bool has_observed, bool comes_again, Tick now) {
+    *state_.outcome = {now, comes_again ? layer_ : -1, has_observed ? layer_ : -1};
   }
 
  private:
-  static constexpr int32_t kIdsAhead = 8;
-  static_assert(kIdsAhead <= Block::kWarpSize);
-
-  // What the model has of an expert.
-  struct OfExpert {
-    int32_t sum_ahead;
-    int32_t score;
-    int16_t frequency;
-    int32_t logit = 0;
-  };
-
-  EXPERTFLOW_DEVICE OfExpert Read(int32_t e) const {
-    return {state_.ahead_sums[e], Scores()[e], Frequency()[e]};
-  }
-  EXPERTFLOW_DEVICE int16_t* Frequency() const {
-    return model_.frequency + int64_t{layer_} * model_.width;
-  }
-  EXPERTFLOW_DEVICE int32_t* Scores() const {
-    return model_.scores + int64_t{layer_} * model_.num_experts;
+  // Whether one of the warp's experts exists of which this thread's is `e`.
+  EXPERTFLOW_DEVICE bool IsOfWarp(int32_t e) const {
+    return e / Block::kWarpSize * Block::kWarpSize < model_.num_experts;
   }
 
-  EXPERTFLOW_DEVICE WeightSum SumWeights(int32_t e, const int32_t* routed, int32_t num_ids,
-                                         const int32_t* first_of_expert) const {
-    const auto is_row = [=](int32_t i, int32_t expert) { return first_of_expert[expert] == i; };
-    const bool is_ahead = ahead_.layer == layer_;
-    WeightSum sum;
-    if (is_ahead) sum = {expert_.sum_ahead, ahead_.num_inputs};
-    const int32_t num_known = e == thread_ ? kIdsAhead : 0;
-    if (e == thread_) {
-      sum.sum += first_sum_;
-      sum.num_inputs += CountBits(first_rows_);
-    }
-    AddWeights(sum, model_, layer_, 0, e, routed, num_known, num_ids, is_row);
-    // Mostly what is routed now is the first source alone.
-    if (is_ahead && only_first_is_this_step_) return sum;
+  // Adds the rows of what is routed now. `weights` are those about it as the first source; of few
+  // layers, some sources behind are the same step. Called by whole warps.
+  EXPERTFLOW_DEVICE void AddRouted(WeightSum& to, const int16_t* weights, int32_t e,
+                                   const int32_t* routed, int32_t num_ids,
+                                   const int32_t* first_of_expert) {
+    const int32_t lane = block_.thread() % Block::kWarpSize;
     EXPERTFLOW_NO_UNROLL
-    for (int32_t s = 1; s < NeedRules::kNumSources; ++s) {
-      if (IsThisStep(model_, layer_, s)) {
-        AddWeights(sum, model_, layer_, s, e, routed, 0, num_ids, is_row);
-      } else if (!is_ahead) {
-        AddLatestWeights(sum, state_, layer_, s, e);
+    for (int32_t first = 0; first < num_ids; first += Block::kWarpSize) {
+      const int32_t place = first + lane;
+      const bool is_row = place < num_ids && first_of_expert[routed[place]] == place;
+      const uint32_t rows = block_.Ballot(is_row);
+      const int32_t end = num_ids - first < Block::kWarpSize ? num_ids - first : Block::kWarpSize;
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t i = 0; i < end; i += kAtOnce) {
+        to.sum += SumRows(weights, e, routed + first + i, rows >> i);
+      }
+      to.num_inputs += CountBits(rows);
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t s = 1 + model_.num_layers; s < NeedRules::kNumSources; s += model_.num_layers) {
+        const int16_t* behind = model_.Weights(model_.WeightRow(layer_, s, 0));
+        EXPERTFLOW_NO_UNROLL
+        for (int32_t i = 0; i < end; ++i) {
+          to.sum += (rows >> i & 1) != 0 ? behind[routed[first + i] * model_.width + e] : 0;
+        }
+        to.num_inputs += CountBits(rows);
       }
     }
+  }
+
+  // Of kAtOnce places the rows that are set in `rows`; all are read at once.
+  EXPERTFLOW_DEVICE int32_t SumRows(const int16_t* weights, int32_t e, const int32_t* routed,
+                                    uint32_t rows) const {
+    int32_t found[size_t{kAtOnce}];
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; k += 4) {
+      const Four<int32_t> experts = ReadFour(routed, k);
+      EXPERTFLOW_UNROLL
+      for (int32_t j = 0; j < 4; ++j) found[k + j] = weights[experts.of[j] * model_.width + e];
+    }
+    int32_t sum = 0;
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; ++k) sum += (rows >> k & 1) != 0 ? found[k] : 0;
     return sum;
   }
 
-  EXPERTFLOW_DEVICE void Score(const WeightSum& weights, bool used) {
-    expert_.frequency =
-        static_cast<int16_t>(NeedRules::Decayed(expert_.frequency) + (used ? NeedRules::kUse : 0));
-    expert_.logit =
-        NeedRules::Logit(weights.sum, weights.num_inputs, model_.top_k, expert_.frequency);
-    expert_.score = NeedRules::Score(expert_.logit, expert_.score);
+  EXPERTFLOW_DEVICE void Score(int32_t e, const WeightSum& sum, int32_t rest, bool is_routed) {
+    const int32_t score = NeedRules::Scaled(sum.sum, sum.num_inputs, model_.top_k) + rest +
+                          (is_routed ? 2 * NeedRules::kUse : 0);
+    scores_[e] = score;
+    state_.observed[e] = {score, is_routed ? 1 : 0};
   }
 
-  EXPERTFLOW_DEVICE void Store(int32_t e) const {
-    Scores()[e] = expert_.score;
-    Frequency()[e] = expert_.frequency;
-    model_.Foreseen(layer_, number_)[e] = NeedRules::SigmoidIndex(expert_.logit);
+  // What SumNeedsAhead does, for one expert, but for the layer: copied weights may be old. Seldom:
+  // short rather than fast.
+  EXPERTFLOW_DEVICE NeedAhead FindOut(int32_t e) const {
+    NeedAhead ahead{0, 0, RestOfScore(model_, layer_, e), -1};
+    EXPERTFLOW_NO_UNROLL
+    for (int32_t s = 1; s < NeedRules::kNumSources; ++s) {
+      const int32_t source_layer = model_.SourceLayer(layer_, s);
+      if (s != 1 && source_layer == layer_) continue;
+      const int16_t* weights = model_.Weights(model_.WeightRow(layer_, s, 0));
+      const int32_t* latest = state_.latest + int64_t{source_layer} * model_.num_experts;
+      const int32_t count = state_.latest_count[source_layer];
+      EXPERTFLOW_NO_UNROLL
+      for (int32_t i = 0; i < count; ++i) ahead.sum += weights[latest[i] * model_.width + e];
+      ahead.num_inputs += count;
+    }
+    return ahead;
   }
 
   Block& block_;
   const BlockNeedState& state_;
   const NeedState& model_;
-  int32_t* const scores_;
+  NeedAhead* const known_;        // [num_experts]
+  int32_t* const copied_;         // [NumCopiedWords(model)]
+  int32_t* const scores_;         // [num_experts]
+  const int16_t* const weights_;  // of what is routed now, the layer's first row
   const int32_t layer_;
-  const int32_t thread_;
-  const int32_t layer_of_thread_;  // of the source that is the thread's
-  const bool only_first_is_this_step_;
+  const int32_t first_expert_;
+  const bool may_use_copy_;
 
-  NeedRetry retried_{};
-  NeedAhead ahead_{};
-  int64_t number_ = 0;  // of the step
-  int64_t source_steps_ = 0;
-  OfExpert expert_{};  // that the thread is scoring
-  uint64_t id_of_lane_ = 0;
-  uint32_t first_rows_ = 0;             // bits by place: which of the first ids are rows
-  int16_t first_weights_[kIdsAhead]{};  // of the thread's expert, by place
-  int32_t first_sum_ = 0;
+  NeedOutcome outcome_{};
+  NeedAhead ahead_{};  // of the thread's first expert
 };
 
 }  // namespace expertflow

@@ -22,43 +22,37 @@ struct WeightSum {
   int32_t num_inputs = 0;  // rows it is of
 };
 
-// Adds an expert's weights in the rows of `source` that are about `experts`, from `begin` to `end`
-// and each where is_row(its place, the expert) says so. Some are read at once, whether they are
-// rows or not, since it takes longer to find that out than to read them.
-template <class IsRow>
-EXPERTFLOW_DEVICE void AddWeights(WeightSum& to, const NeedState& model, int32_t layer,
-                                  int32_t source, int32_t expert, const int32_t* experts,
-                                  int32_t begin, int32_t end, const IsRow& is_row) {
-  constexpr int32_t kAtOnce = 8;
-  const int16_t* weights = model.Weights(model.WeightRow(layer, source, 0)) + expert;
-  EXPERTFLOW_NO_UNROLL
-  for (int32_t first = begin; first < end; first += kAtOnce) {
-    int32_t routed[kAtOnce], found[kAtOnce];
-    bool counts[kAtOnce];
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kAtOnce; ++k) {
-      routed[k] = experts[first + k < end ? first + k : end - 1];
-    }
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kAtOnce; ++k) found[k] = weights[routed[k] * model.width];
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kAtOnce; ++k) counts[k] = is_row(first + k, routed[k]);
-    EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kAtOnce; ++k) {
-      const bool adds = (first + k < end) & counts[k];
-      to.sum += adds ? found[k] : 0;
-      to.num_inputs += adds ? 1 : 0;
-    }
-  }
-}
-
-// The same of what a source routed last.
+// Adds an expert's weights in the rows of `source` that are about what it routed last. Some are
+// read at once.
 EXPERTFLOW_DEVICE inline void AddLatestWeights(WeightSum& to, const BlockNeedState& state,
                                                int32_t layer, int32_t source, int32_t expert) {
-  const int32_t source_layer = state.model.SourceLayer(layer, source);
-  AddWeights(to, state.model, layer, source, expert,
-             state.latest + int64_t{source_layer} * state.model.num_experts, 0,
-             state.latest_count[source_layer], [](int32_t, int32_t) { return true; });
+  constexpr int32_t kAtOnce = 8;
+  const NeedState& model = state.model;
+  const int32_t source_layer = model.SourceLayer(layer, source);
+  const int16_t* weights = model.Weights(model.WeightRow(layer, source, 0));
+  const int32_t* latest = state.latest + int64_t{source_layer} * model.num_experts;
+  const int32_t count = state.latest_count[source_layer];
+  EXPERTFLOW_NO_UNROLL
+  for (int32_t first = 0; first < count; first += kAtOnce) {
+    int32_t routed[kAtOnce], found[kAtOnce];
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; ++k) {
+      routed[k] = latest[first + k < count ? first + k : count - 1];
+    }
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; ++k) found[k] = weights[routed[k] * model.width + expert];
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kAtOnce; ++k) to.sum += first + k < count ? found[k] : 0;
+  }
+  to.num_inputs += count;
+}
+
+// What comes to an expert's next score beside the weights, if it is not used.
+EXPERTFLOW_DEVICE inline int32_t RestOfScore(const NeedState& model, int32_t layer,
+                                             int32_t expert) {
+  const int16_t frequency = model.frequency[int64_t{layer} * model.width + expert];
+  const int32_t score = model.scores[int64_t{layer} * model.num_experts + expert];
+  return 2 * NeedRules::Decayed(frequency) + NeedRules::Carried(score);
 }
 
 }  // namespace expertflow

@@ -17,26 +17,28 @@
 
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
-// WaitForPrevious(), before which nothing is read that earlier work of the stream writes,
-// SyncWarp(), OfLane(value, lane) of the thread's warp, CopyAsync(to, from), of a word into shared
-// memory, for which WaitForCopies() waits, Release(word, value), which lets the host see `value`
-// only after all that the block wrote before, and Mark(phase), which says that a phase has ended.
+// WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
+// SyncWarp(), SyncSome(arrives, waits, num_threads), once, a barrier for the warps that arrive,
+// num_threads in all, where only those wait that are asked to, CopyAsync(to, from), of one or four
+// words into shared memory, for which WaitForCopies() waits, Release(word, value), which lets the
+// host see `value` only after all that the block wrote before, and Mark(phase), which says that a
+// phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
-// the ids, the tick and every slot at once, one more, beside it, for the rows' own keys and what a
-// policy that learns knows of the experts, and five barriers. Slots of other layers are ranked
-// meanwhile. Whether a routed expert is resident is told by the thread that has its slot
-// (`slot_expert` and `expert_slot` say the same), so no thread follows a chain of loads from the
-// expert to its slot. Rows that are resident and rows that are missing are finished by different
-// warps, at the same time.
+// the ids, the tick, every slot and what a policy that learns knows of the experts, and five
+// barriers. Other warps have the layer's experts than have slots. Whether a routed expert is
+// resident is told by the thread that has its slot (`slot_expert` and `expert_slot` say the same),
+// so no thread follows a chain of loads from the expert to its slot. Rows that are resident and
+// rows that are missing are finished by different warps, at the same time. What a policy records is
+// left to a kernel behind (core/block_need_learner.h).
 
 namespace expertflow {
 
 // Lies in the shared memory of the block.
 struct BlockPlannerShared {
   BlockSelection selection;
-  int32_t routed[kMaxRoutedIds];     // experts, by place in the routed ids
-  int32_t residence[kMaxRoutedIds];  // by place in the routed ids, see Residence
+  alignas(16) int32_t routed[kMaxRoutedIds];  // experts, by place in the routed ids
+  int32_t residence[kMaxRoutedIds];           // by place in the routed ids, see Residence
   struct MissingRow {
     int64_t key;
     int32_t expert;
@@ -47,25 +49,28 @@ struct BlockPlannerShared {
 };
 
 // Words of shared memory that the planner needs beside.
-EXPERTFLOW_HD inline int32_t NumPlannerWords(PolicyKind policy, int32_t num_experts) {
+EXPERTFLOW_HD inline int32_t NumPlannerWords(const PlanningView& planning) {
   constexpr auto kWordsOfSlot = static_cast<int32_t>(sizeof(SlotOfLayer) / sizeof(int32_t));
-  const int32_t num_scores = policy == PolicyKind::kPredictedNeed ? num_experts : 0;
-  return (kWordsOfSlot + 1) * num_experts + num_scores;
+  const int32_t num_experts = planning.table.num_experts;
+  const int32_t num_words = (kWordsOfSlot + 1) * num_experts;
+  if (planning.policy != PolicyKind::kPredictedNeed) return num_words;
+  return num_words + NumScoresWords(planning.need.model);
 }
 
 // kOneTile: as IsOneTile (core/own_slots.h) says; a kernel of less code, which takes less time.
 template <class Policy, class Block, bool kOneTile>
 class BlockPlanner {
  public:
-  // `shared_words` [NumPlannerWords(policy, num_experts)] lie in shared memory too, aligned for
-  // SlotOfLayer.
+  // `shared_words` [NumPlannerWords(planning)] lie in shared memory too, aligned for SlotOfLayer.
   EXPERTFLOW_DEVICE BlockPlanner(Block& block, BlockPlannerShared& shared, int32_t* shared_words,
                                  const PlanningView& planning, const LayerPlanRequest& request)
       : block_(block),
         shared_(shared),
         of_layer_(reinterpret_cast<SlotOfLayer*>(shared_words)),
-        first_of_expert_(reinterpret_cast<int32_t*>(of_layer_ + planning.table.num_experts)),
-        need_(block, first_of_expert_ + planning.table.num_experts, planning.need, request.layer),
+        for_need_(reinterpret_cast<int32_t*>(of_layer_ + planning.table.num_experts)),
+        first_of_expert_(for_need_ + (kLearns ? NumScoresWords(planning.need.model) : 0)),
+        need_(block, for_need_, planning.need, request.layer,
+              FirstExpertOf(block.thread(), block.num_threads())),
         planning_(planning),
         request_(request),
         thread_(block.thread()) {}
@@ -75,21 +80,19 @@ class BlockPlanner {
     has_id_ = thread_ < request_.ids.count;
     Slots own(block_, planning_, request_.layer, first_of_expert_, of_layer_);
     PrepareShared();
+    block_.WaitForCopies();
     block_.Mark(PlanPhase::kPrepared);
     block_.WaitForPrevious();
     block_.Mark(PlanPhase::kReleased);
     NoteRouted(AskForAll(own));
-    if constexpr (kLearns) need_.AskForWeights(request_.ids.count);
     now_ = clock_.now + 1;
+    if constexpr (kLearns) ObserveNeeds();
     const uint32_t least_of_others = own.RankOthers(now_);
     ShareLeast(block_, shared_.selection, least_of_others);
-    if constexpr (kLearns) need_.SumFirstWeights();
-    block_.WaitForCopies();
     block_.Sync();
     block_.Mark(PlanPhase::kRouted);
     has_bad_ids_ = shared_.num_bad_ids > 0;
-    if constexpr (kLearns) ObserveNeeds();
-    block_.Mark(PlanPhase::kScored);
+    if constexpr (kLearns) has_observed_ = !has_bad_ids_ && need_.IsNew(now_);
     const uint32_t least = Smaller(least_of_others, RankOfLayer(own));
     SortLeast(block_, shared_.selection);
     if constexpr (!kLearns) UseKey();
@@ -111,7 +114,7 @@ class BlockPlanner {
     EXPERTFLOW_DEVICE explicit NoModel(Anything&&...) {}
   };
   using Slots = OwnSlots<Policy, Block, kOneTile>;
-  // Reads nothing that an earlier kernel writes.
+  // Reads nothing that the kernel before writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
@@ -119,10 +122,16 @@ class BlockPlanner {
       of_layer_[e] = SlotOfLayer{};
     }
     if (has_id_) shared_.residence[thread_] = Residence::kMissing;
+    if constexpr (kLearns) {
+      if (thread_ < request_.ids.count + decltype(need_)::kAtOnce && thread_ < kMaxRoutedIds) {
+        shared_.routed[thread_] = 0;
+      }
+    }
     if (thread_ < BlockSelection::kNumBins) shared_.selection.least[thread_] = kNoOrder;
     if (thread_ == 0) {
       shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
     }
+    if constexpr (kLearns) need_.CopyWeights();
     if constexpr (std::is_same_v<Policy, DecayedFrequency>) {
       EXPERTFLOW_NO_UNROLL
       for (int32_t i = thread_; i < DecayedFrequency::kTableSize; i += block_.num_threads()) {
@@ -139,7 +148,7 @@ class BlockPlanner {
     uint64_t id = 0;
     if (has_id_) id = IdAt(request_.ids, thread_);
     clock_ = *request_.clock;
-    if constexpr (kLearns) need_.Ask(request_.ids);
+    if constexpr (kLearns) need_.Ask();
     block_.SyncWarp();
     own.Load();
     block_.Sync();
@@ -154,8 +163,11 @@ class BlockPlanner {
     }
     expert_ = static_cast<int32_t>(id);
     block_.Min(first_of_expert_[expert_], thread_);
-    if constexpr (kLearns) shared_.routed[thread_] = expert_;
-    key_ = planning_.table.expert_key[Index(ToIndex(expert_))];
+    if constexpr (kLearns) {
+      shared_.routed[thread_] = expert_;
+    } else {
+      key_ = planning_.table.expert_key[Index(ToIndex(expert_))];
+    }
   }
 
   // An id that the layer has and that was not there before.
@@ -163,45 +175,38 @@ class BlockPlanner {
     return expert_ >= 0 && first_of_expert_[expert_] == thread_;
   }
 
-  // As Planner::ObserveNeeds does.
+  // As Planner::ObserveNeeds does, by the warps that have experts, once those have come that have
+  // ids; the others rank slots meanwhile.
   EXPERTFLOW_DEVICE void ObserveNeeds() {
-    if (has_bad_ids_ || !need_.IsNew(now_)) return;
-    has_observed_ = true;
+    need_.Prepare();
+    const auto whole_warps = [](int32_t num_threads) {
+      return (num_threads + Block::kWarpSize - 1) / Block::kWarpSize * Block::kWarpSize;
+    };
+    const int32_t num_with_id = whole_warps(request_.ids.count);
+    const int32_t num_with_expert = whole_warps(planning_.table.num_experts);
+    const bool has_experts = block_.num_threads() - thread_ <= num_with_expert;
+    const int32_t num_any = num_with_id + num_with_expert;
+    block_.SyncSome(thread_ < num_with_id || has_experts, has_experts,
+                    num_any < block_.num_threads() ? num_any : block_.num_threads());
+    if (!has_experts || shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
     need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
-  }
-
-  EXPERTFLOW_DEVICE void RecordNeeds(LayerPlanStatus status) {
-    if (has_observed_) {
-      need_.Record(IsRow() ? expert_ : -1, rows_.before.rows(), rows_.total.rows());
-      RecordKeys(status == LayerPlanStatus::kPlanned);
-    }
-    if (thread_ == Bookkeeper() && status != LayerPlanStatus::kBadExpertId) {
-      need_.NoteOutcome(status == LayerPlanStatus::kNeedsWaves, now_);
-    }
-  }
-
-  // But for those of rows that are placed, which get theirs there.
-  EXPERTFLOW_DEVICE void RecordKeys(bool rows_are_placed) {
-    EXPERTFLOW_NO_UNROLL
-    for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {
-      if (rows_are_placed && first_of_expert_[e] != Slots::kNotRouted) continue;
-      planning_.table.expert_key[Index(ToIndex(e))] = PredictedNeed::KeyOf(need_.scores()[e]);
-    }
   }
 
   EXPERTFLOW_DEVICE uint32_t RankOfLayer(Slots& own) {
     if (has_id_ && !IsRow()) shared_.residence[thread_] = Residence::kRepeated;
     const int32_t* scores = nullptr;
-    if constexpr (kLearns) scores = has_observed_ ? need_.scores() : nullptr;
-    return own.RankOfLayer(
-        scores, [this](int32_t place, int32_t residence) { shared_.residence[place] = residence; });
+    if constexpr (kLearns) scores = need_.scores();
+    return own.RankOfLayer(has_observed_, scores, [this](int32_t place, int32_t residence) {
+      shared_.residence[place] = residence;
+    });
   }
 
   // The key of the thread's expert, from this plan on.
   EXPERTFLOW_DEVICE void UseKey() {
     if (expert_ < 0) return;
     if constexpr (kLearns) {
-      if (has_observed_) key_ = PredictedNeed::KeyOf(need_.scores()[expert_]);
+      key_ = has_observed_ ? PredictedNeed::KeyOf(need_.scores()[expert_])
+                           : planning_.table.expert_key[Index(ToIndex(expert_))];
     }
     key_ = Policy::KeyOnUse(planning_.eviction, key_, now_);
   }
@@ -243,7 +248,11 @@ class BlockPlanner {
       }
       if (thread_ == Bookkeeper()) Count();
     }
-    if constexpr (kLearns) RecordNeeds(status);
+    if constexpr (kLearns) {
+      if (thread_ == Bookkeeper() && status != LayerPlanStatus::kBadExpertId) {
+        need_.NoteOutcome(has_observed_, status == LayerPlanStatus::kNeedsWaves, now_);
+      }
+    }
   }
 
   EXPERTFLOW_DEVICE PlanRow ResidentRow() const {
@@ -339,6 +348,7 @@ class BlockPlanner {
   Block& block_;
   BlockPlannerShared& shared_;
   SlotOfLayer* const of_layer_;     // [num_experts]
+  int32_t* const for_need_;         // [NumScoresWords(model)]
   int32_t* const first_of_expert_;  // [num_experts]
   std::conditional_t<kLearns, BlockNeedScores<Block>, NoModel> need_;
   PlanningView planning_;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
@@ -91,8 +92,8 @@ EXPERTFLOW_DEVICE void ShareLeast(Block& block, BlockSelection& shared, uint32_t
   block.Min(shared.least[block.thread() % BlockSelection::kNumBins], least);
 }
 
-// Sorts what all threads have shared, behind a barrier; to be read behind another. The last warps
-// do it, since the first have more to do meanwhile. A warp takes some bins at once, and a lane
+// Sorts what all threads have shared, behind a barrier; to be read behind another. The first warps
+// do it, since the last have more to do meanwhile. A warp takes some bins at once, and a lane
 // compares them with one.
 template <class Block>
 EXPERTFLOW_DEVICE void SortLeast(Block& block, BlockSelection& shared) {
@@ -100,7 +101,7 @@ EXPERTFLOW_DEVICE void SortLeast(Block& block, BlockSelection& shared) {
   constexpr int32_t kAtOnce = 4;
   const int32_t lane = block.thread() % Block::kWarpSize;
   const int32_t num_warps = block.num_threads() / Block::kWarpSize;
-  const int32_t warp = num_warps - 1 - block.thread() / Block::kWarpSize;
+  const int32_t warp = block.thread() / Block::kWarpSize;
   EXPERTFLOW_NO_UNROLL
   for (int32_t first = kAtOnce * warp; first < kNumBins; first += kAtOnce * num_warps) {
     uint32_t least[kAtOnce];
@@ -125,20 +126,29 @@ EXPERTFLOW_DEVICE void SortLeast(Block& block, BlockSelection& shared) {
 }
 
 // Puts the listed candidates' places among the first `wanted` into `victims`; a warp for each
-// candidate, with the lanes comparing it until it is out.
+// candidate, with whose lanes it compares the list, which they read once.
 template <class Block>
 EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t num_listed,
                                  int32_t wanted, BlockSelection::Victim* victims) {
+  constexpr int32_t kPerLane = BlockSelection::kListCapacity / Block::kWarpSize;
   const int32_t lane = block.thread() % Block::kWarpSize;
+  const int32_t warp = block.thread() / Block::kWarpSize;
   const int32_t num_warps = block.num_threads() / Block::kWarpSize;
+  if (warp >= num_listed) return;
+  SlotCandidate of_lane[size_t{kPerLane}];
+  EXPERTFLOW_UNROLL
+  for (int32_t k = 0; k < kPerLane; ++k) {
+    const int32_t j = k * Block::kWarpSize + lane;
+    of_lane[k] = shared.list[j];
+    if (j >= num_listed) of_lane[k] = {kNoRank, kHighestSlot, 0};
+  }
   EXPERTFLOW_NO_UNROLL
-  for (int32_t i = block.thread() / Block::kWarpSize; i < num_listed; i += num_warps) {
+  for (int32_t i = warp; i < num_listed; i += num_warps) {
     const SlotCandidate candidate = shared.list[i];
     int32_t place = 0;
-    EXPERTFLOW_NO_UNROLL
-    for (int32_t first = 0; first < num_listed && place < wanted; first += Block::kWarpSize) {
-      const int32_t j = first + lane;
-      place += CountBits(block.Ballot(j < num_listed && shared.list[j] < candidate));
+    EXPERTFLOW_UNROLL
+    for (int32_t k = 0; k < kPerLane; ++k) {
+      place += CountBits(block.Ballot(of_lane[k] < candidate));
     }
     if (lane != 0 || place >= wanted) continue;
     victims[place] = {candidate.slot, candidate.held};

@@ -28,6 +28,12 @@ inline bool IsOneTile(const PlanningView& planning, int32_t layer, int32_t num_t
          planning.table.num_experts <= num_threads;
 }
 
+// A thread's first expert of the layer; the others follow num_threads apart. Experts are dealt from
+// the last thread on and slots from the first: with threads enough none has both.
+EXPERTFLOW_HD inline int32_t FirstExpertOf(int32_t thread, int32_t num_threads) {
+  return num_threads - 1 - thread;
+}
+
 // The slot of an expert of the layer, as the thread of the slot tells the thread of the expert.
 struct alignas(16) SlotOfLayer {
   static constexpr int32_t kNone = -1;
@@ -80,7 +86,7 @@ class OwnSlots {
     // A loop even for one tile: else the compiler ranks before all that comes before has been asked
     // for, and has it wait for the slots.
     EXPERTFLOW_NO_UNROLL
-    for (int32_t tile = 0; HasSlots(tile); ++tile) {
+    for (int32_t tile = 0; SlotOf(tile, 0) < range_.end; ++tile) {
       if (tile > 0) LoadTile(tile);
       RankTile(tile, [&](int32_t k, uint32_t order) { TellExpert(tile, k, order); });
       EXPERTFLOW_UNROLL
@@ -90,10 +96,10 @@ class OwnSlots {
   }
 
   // Then, behind a barrier, the rest. `scores` [num_experts]: of the layer's experts, if they are
-  // new (PredictedNeed), or nullptr; a thread reads those of its own. What is routed is kept from
-  // being taken: calls found(place in the ids, its Residence) for each.
+  // new (PredictedNeed); a thread reads those of its own. What is routed is kept from being taken:
+  // calls found(place in the ids, its Residence) for each.
   template <class Found>
-  EXPERTFLOW_DEVICE uint32_t RankOfLayer(const int32_t* scores, Found&& found) {
+  EXPERTFLOW_DEVICE uint32_t RankOfLayer(bool has_scores, const int32_t* scores, Found&& found) {
     uint32_t least = kNoOrder;
     EXPERTFLOW_NO_UNROLL
     for (int32_t tile = 0; IsTile(tile); ++tile) {
@@ -103,7 +109,7 @@ class OwnSlots {
       const int32_t place = first_of_expert_[e];
       if (held.bits == SlotOfLayer::kNone) continue;
       const bool in_flight = Residence::InFlight(held.residence());
-      if (scores != nullptr) TakeScore(held, scores[e]);
+      if (has_scores) TakeScore(held, scores[e]);
       if (place != kNotRouted) found(place, held.residence());
       if (place != kNotRouted || in_flight) held.order = kNoOrder;
       of_layer_[e] = held;
@@ -149,7 +155,9 @@ class OwnSlots {
   EXPERTFLOW_DEVICE int32_t SlotOf(int32_t tile, int32_t k) const {
     return first_ + tile * tile_size_ + k;
   }
-  EXPERTFLOW_DEVICE int32_t ExpertOf(int32_t tile) const { return tile * num_threads_ + thread_; }
+  EXPERTFLOW_DEVICE int32_t ExpertOf(int32_t tile) const {
+    return FirstExpertOf(thread_, num_threads_) + tile * num_threads_;
+  }
 
   EXPERTFLOW_DEVICE bool Exists(int32_t tile, int32_t k) const {
     const int32_t slot = SlotOf(tile, k);
@@ -259,7 +267,8 @@ class OwnSlots {
   Four<ExpertIndex> expert_{};
   uint32_t states_ = 0;
   uint32_t unused_ = 0;
-  uint32_t order_[kPerTile];  // kNoOrder: not to be taken
+  uint32_t order_[kPerTile] = {kNoOrder, kNoOrder, kNoOrder, kNoOrder,
+                               kNoOrder};  // not to be taken
 };
 
 }  // namespace expertflow

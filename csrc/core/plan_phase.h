@@ -8,13 +8,12 @@ namespace expertflow {
 enum class PlanPhase : int32_t {
   kPrepared,  // before the wait for the previous kernel
   kReleased,  // the wait
-  kRouted,    // ids are known, and the ranks of slots that hold other layers' experts
-  kScored,    // what the policy learns of is scored
+  kRouted,    // ids are known, with them scores, and the ranks of slots of other layers' experts
   kRanked,    // all slots are ranked
   kCounted,   // hits and misses are known
   kSelected,  // victims are known
   kDone,      // all stores are on their way
 };
-constexpr int32_t kNumPlanPhases = 8;
+constexpr int32_t kNumPlanPhases = 7;
 
 }  // namespace expertflow

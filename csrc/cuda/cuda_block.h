@@ -27,10 +27,15 @@ struct CudaBlock {
   __device__ void Mark(PlanPhase) {}
   __device__ void Sync() { __syncthreads(); }
   __device__ void SyncWarp() { __syncwarp(); }
-  __device__ uint32_t Ballot(bool flag) { return __ballot_sync(kAllLanes, flag); }
-  __device__ uint32_t OfLane(uint32_t value, int32_t lane) {
-    return __shfl_sync(kAllLanes, value, lane);
+  __device__ void SyncSome(bool arrives, bool waits, int32_t num_threads) {
+    constexpr int kBarrier = 1;  // 0 is that of all threads
+    if (waits) {
+      asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(num_threads) : "memory");
+    } else if (arrives) {
+      asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(num_threads) : "memory");
+    }
   }
+  __device__ uint32_t Ballot(bool flag) { return __ballot_sync(kAllLanes, flag); }
   __device__ int32_t Add(int32_t& counter, int32_t amount) { return atomicAdd(&counter, amount); }
   __device__ uint32_t Add(uint32_t& counter, uint32_t amount) {
     return atomicAdd(&counter, amount);
@@ -41,7 +46,8 @@ struct CudaBlock {
   }
   __device__ void Min(int32_t& value, int32_t other) { atomicMin(&value, other); }
   __device__ void Min(uint32_t& value, uint32_t other) { atomicMin(&value, other); }
-  __device__ void CopyAsync(int32_t& to, const int32_t& from) {
+  template <class Words>
+  __device__ void CopyAsync(Words& to, const Words& from) {
     __pipeline_memcpy_async(&to, &from, sizeof to);
   }
   __device__ void WaitForCopies() {

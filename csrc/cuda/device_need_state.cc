@@ -22,11 +22,10 @@ DeviceNeedState::DeviceNeedState(int32_t num_layers, int32_t num_experts, int32_
   const NeedArrays arrays(num_layers, num_experts, top_k, num_slots);
   const std::vector<int32_t> zeros(static_cast<size_t>(num_layers) *
                                    static_cast<size_t>(num_experts));
-  const std::vector<int64_t> nothing_to_learn(static_cast<size_t>(num_layers), -1);
-  const NeedRetry retried;
-  const NeedAhead ahead;
+  const std::vector<NeedAhead> ahead(static_cast<size_t>(num_experts));
+  const std::vector<NeedObserved> observed(static_cast<size_t>(num_experts));
+  const NeedOutcome outcome;
   view_.model = arrays.state();
-  const std::vector<int32_t> zero_sums(static_cast<size_t>(view_.model.width));
   size_t num_bytes = 0;
   std::byte* next = nullptr;
   const auto reserve = [&](const void*, size_t bytes) { num_bytes += Aligned(bytes); };
@@ -37,11 +36,11 @@ DeviceNeedState::DeviceNeedState(int32_t num_layers, int32_t num_experts, int32_
   };
   const size_t latest_bytes = zeros.size() * sizeof(int32_t);
   const size_t count_bytes = static_cast<size_t>(num_layers) * sizeof(int32_t);
-  const size_t to_learn_bytes = nothing_to_learn.size() * sizeof(int64_t);
-  const size_t ahead_bytes = zero_sums.size() * sizeof(int32_t);
+  const size_t ahead_bytes = ahead.size() * sizeof(NeedAhead);
+  const size_t observed_bytes = observed.size() * sizeof(NeedObserved);
   NeedArrays::ForEach(view_.model, [&](auto*& array, size_t bytes) { reserve(array, bytes); });
   for (const size_t bytes :
-       {latest_bytes, count_bytes, to_learn_bytes, sizeof retried, sizeof ahead, ahead_bytes}) {
+       {latest_bytes, count_bytes, ahead_bytes, observed_bytes, sizeof outcome}) {
     reserve(nullptr, bytes);
   }
   memory_ = DeviceMemory(num_bytes, "the eviction policy's model");
@@ -49,10 +48,9 @@ DeviceNeedState::DeviceNeedState(int32_t num_layers, int32_t num_experts, int32_
   NeedArrays::ForEach(view_.model, [&](auto*& array, size_t bytes) { place(array, array, bytes); });
   place(view_.latest, zeros.data(), latest_bytes);
   place(view_.latest_count, zeros.data(), count_bytes);
-  place(view_.to_learn, nothing_to_learn.data(), to_learn_bytes);
-  place(view_.retried, &retried, sizeof retried);
-  place(view_.ahead, &ahead, sizeof ahead);
-  place(view_.ahead_sums, zero_sums.data(), ahead_bytes);
+  place(view_.ahead, ahead.data(), ahead_bytes);
+  place(view_.observed, observed.data(), observed_bytes);
+  place(view_.outcome, &outcome, sizeof outcome);
   EXPERTFLOW_CUDA_CHECK(cudaDeviceSynchronize());
 }
 

@@ -1,6 +1,7 @@
 #include "cuda/device_planner.h"
 
 #include <cstddef>
+#include <stdexcept>
 
 #include "core/eviction/decayed_frequency.h"
 #include "cuda/cuda_error.h"
@@ -41,6 +42,7 @@ DevicePlanner::DevicePlanner(int32_t num_layers, int32_t num_experts, int32_t nu
 
 void DevicePlanner::PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* plan,
                               LayerPlan* host_plan, MissFetch fetch, cudaStream_t stream) {
+  if (must_learn_) throw std::logic_error("Learn was not called after the last plan");
   LaunchPlanLayer(planning_,
                   {.layer = layer,
                    .ids = ids,
@@ -49,10 +51,12 @@ void DevicePlanner::PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* pl
                    .plan = plan,
                    .host_plan = host_plan},
                   stream);
+  must_learn_ = need_ != nullptr;
 }
 
 void DevicePlanner::Learn(int32_t layer, cudaStream_t stream) {
   if (need_ != nullptr) LaunchLearnNeeds(planning_, layer, stream);
+  must_learn_ = false;
 }
 
 std::vector<LayerStatistics> DevicePlanner::ReadStatistics() const {

@@ -27,12 +27,13 @@ class DevicePlanner {
 
   // Enqueues one plan, see LaunchPlanLayer; also into a graph that is being captured. `plan` lies
   // in device memory, `host_plan` (or nullptr) in mapped host memory; both must stay while the
-  // launch, or the graph, is in use.
+  // launch, or the graph, is in use. Throws std::logic_error if the policy learns and has not
+  // learned from the plan before.
   void PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* plan, LayerPlan* host_plan,
                  MissFetch fetch, cudaStream_t stream);
 
-  // Enqueues what the policy learns from the layer's last plan, see LaunchLearnNeeds; nothing for a
-  // policy that does not learn.
+  // Enqueues what the policy records of the layer's last plan and learns from it, see
+  // LaunchLearnNeeds; nothing for a policy that does not learn. To be called after every plan.
   void Learn(int32_t layer, cudaStream_t stream);
 
   DeviceSlotTable& table() { return table_; }
@@ -53,6 +54,7 @@ class DevicePlanner {
   PlanClock* clock_;
   std::unique_ptr<DeviceNeedState> need_;  // of PolicyKind::kPredictedNeed
   PlanningView planning_;
+  bool must_learn_ = false;  // before the next plan
 };
 
 }  // namespace expertflow

@@ -10,11 +10,11 @@ namespace {
 constexpr unsigned kLearningThreads = 512;
 
 __global__ void __launch_bounds__(kLearningThreads)
-    LearnNeedsKernel(const BlockNeedState state, int32_t layer) {
-  __shared__ int32_t num_inputs;
+    LearnNeedsKernel(const BlockNeedState state, int64_t* expert_key, int32_t layer) {
+  __shared__ BlockLearnerShared shared;
   extern __shared__ int32_t shared_words[];
   CudaBlock block;
-  BlockNeedLearner<CudaBlock>(block, num_inputs, shared_words, state, layer).Learn();
+  BlockNeedLearner<CudaBlock>(block, shared, shared_words, state, expert_key, layer).Learn();
 }
 
 }  // namespace
@@ -32,8 +32,9 @@ void LaunchLearnNeeds(const PlanningView& planning, int32_t layer, cudaStream_t 
   const auto* kernel = reinterpret_cast<const void*>(&LearnNeedsKernel);
   const auto num_words = static_cast<size_t>(NumLearnerWords(model.num_experts, model.width));
   const size_t shared_bytes = sizeof(int32_t) * num_words;
-  CheckShared(planning, sizeof(int32_t), shared_bytes);
-  void* arguments[] = {const_cast<BlockNeedState*>(&planning.need), &layer};
+  CheckShared(planning, sizeof(BlockLearnerShared), shared_bytes);
+  int64_t* expert_key = planning.table.expert_key;
+  void* arguments[] = {const_cast<BlockNeedState*>(&planning.need), &expert_key, &layer};
   LaunchOverlapped({.kernel = kernel,
                     .num_blocks = 1,
                     .num_threads = kLearningThreads,

@@ -21,9 +21,10 @@ namespace expertflow {
 void LaunchPlanLayer(const PlanningView& planning, const LayerPlanRequest& request,
                      cudaStream_t stream);
 
-// Enqueues what the policy predicted_need learns from the layer's last plan, once, however often it
-// is launched, and the sums that make the next layer's plan short: one launch of one block, behind
-// that plan and before the next of any layer, on the same stream or ordered by events.
+// Enqueues what the policy predicted_need records of the layer's last plan and learns from it,
+// once, however often it is launched, and the sums that make the next layer's plan short: one
+// launch of one block. Must come behind every plan of that policy and before the next of any layer,
+// on the same stream or ordered by events: what it does not record is lost.
 void LaunchLearnNeeds(const PlanningView& planning, int32_t layer, cudaStream_t stream);
 
 }  // namespace expertflow

@@ -10,6 +10,7 @@
 
 #include "core/block_planner.h"
 #include "cuda/cuda_block.h"
+#include "cuda/cuda_error.h"
 #include "cuda/overlapped_launch.h"
 
 // How the planner kernel is launched on a `Block`; the benchmarks bring one that takes the time.
@@ -45,6 +46,12 @@ inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t 
                               std::to_string(value) + ": the limit is " + std::to_string(limit));
 }
 
+// Shared memory for copies of weights, for which a kernel may have more than others.
+inline size_t CopiedBytes(const PlanningView& planning) {
+  if (planning.policy != PolicyKind::kPredictedNeed) return 0;
+  return sizeof(int32_t) * static_cast<size_t>(NumCopiedWords(planning.need.model));
+}
+
 // Whether a block has room for `bytes_of_experts`, which grow with the layer's experts.
 inline void CheckShared(const PlanningView& planning, size_t fixed_bytes, size_t bytes_of_experts) {
   constexpr size_t kMaxBytes = 48 * 1024;
@@ -56,18 +63,22 @@ inline void CheckShared(const PlanningView& planning, size_t fixed_bytes, size_t
 
 // A view as MakePlanningView returns it has no need model.
 inline void CheckNeedModel(const PlanningView& planning) {
-  if (planning.need.to_learn != nullptr) return;
+  if (planning.need.outcome != nullptr) return;
   throw std::invalid_argument("the planner kernel needs a need model: make one with DevicePlanner");
 }
 
 // Few slots for each thread, so that they are read at once, a thread for every id and every expert,
-// and enough warps to find a token's victims in one pass.
+// other threads for experts than for slots if they are to be scored, and enough warps to find a
+// token's victims in one pass.
 inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRequest& request) {
   constexpr int32_t kMinWarps = 8;
   constexpr int32_t kMaxWarps = CudaBlock::kMaxThreads / CudaBlock::kWarpSize;
   static_assert(kMaxWarps <= kMaxBlockWarps && CudaBlock::kMaxThreads >= kMaxRoutedIds);
   const int32_t num_reads = NumSlotReads(RangeOf(planning, request.layer));
-  const int32_t wanted = std::max({num_reads, planning.table.num_experts, request.ids.count});
+  const int32_t num_experts = planning.table.num_experts;
+  const bool scores = planning.policy == PolicyKind::kPredictedNeed;
+  const int32_t for_slots = scores ? num_reads + num_experts : num_reads;
+  const int32_t wanted = std::max({for_slots, num_experts, request.ids.count});
   const int32_t num_warps = (wanted + CudaBlock::kWarpSize - 1) / CudaBlock::kWarpSize;
   return std::clamp(num_warps, kMinWarps, kMaxWarps) * CudaBlock::kWarpSize;
 }
@@ -77,19 +88,22 @@ template <class Block>
 void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPlanRequest& request,
                        cudaStream_t stream) {
   if (planning.policy == PolicyKind::kPredictedNeed) CheckNeedModel(planning);
-  const int64_t num_words = NumPlannerWords(planning.policy, planning.table.num_experts);
-  const size_t shared_bytes = sizeof(int32_t) * static_cast<size_t>(num_words);
+  const size_t shared_bytes = sizeof(int32_t) * static_cast<size_t>(NumPlannerWords(planning));
   CheckPlannable(request.layer >= 0 && request.layer < planning.table.num_layers, "layer",
                  request.layer, planning.table.num_layers - 1);
   CheckPlannable(request.ids.count >= 0 && request.ids.count <= kMaxRoutedIds, "routed ids",
                  request.ids.count, kMaxRoutedIds);
-  CheckShared(planning, sizeof(BlockPlannerShared), shared_bytes);
+  CheckShared(planning, sizeof(BlockPlannerShared), shared_bytes - CopiedBytes(planning));
   const int32_t num_threads = NumPlannerThreads(planning, request);
   const bool is_one_tile = IsOneTile(planning, request.layer, num_threads);
   WithPolicy(planning.policy, [&]<class Policy>(Policy) {
     const auto* kernel =
         is_one_tile ? reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, true>)
                     : reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, false>);
+    if (planning.policy == PolicyKind::kPredictedNeed) {
+      EXPERTFLOW_CUDA_CHECK(cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    }
     void* arguments[] = {const_cast<PlanningView*>(&planning),
                          const_cast<LayerPlanRequest*>(&request), &block};
     LaunchOverlapped({.kernel = kernel,

@@ -31,22 +31,21 @@ class HostNeedState {
       : arrays_(shape.num_layers, shape.num_experts, shape.top_k, shape.num_slots),
         latest_count_(static_cast<size_t>(shape.num_layers)),
         latest_(static_cast<size_t>(shape.num_layers * shape.num_experts)),
-        to_learn_(static_cast<size_t>(shape.num_layers), -1),
-        ahead_sums_(static_cast<size_t>(arrays_.state().width)) {}
+        ahead_(static_cast<size_t>(shape.num_experts)),
+        observed_(static_cast<size_t>(shape.num_experts)) {}
 
   BlockNeedState view() {
-    return {arrays_.state(), latest_count_.data(), latest_.data(), to_learn_.data(), &retried_,
-            &ahead_,         ahead_sums_.data()};
+    return {arrays_.state(), latest_count_.data(), latest_.data(),
+            ahead_.data(),   observed_.data(),     &outcome_};
   }
 
  private:
   NeedArrays arrays_;
   std::vector<int32_t> latest_count_;
   std::vector<int32_t> latest_;
-  std::vector<int64_t> to_learn_;
-  NeedRetry retried_;
-  NeedAhead ahead_;
-  std::vector<int32_t> ahead_sums_;
+  std::vector<NeedAhead> ahead_;
+  std::vector<NeedObserved> observed_;
+  NeedOutcome outcome_;
 };
 
 // The planner kernel on the CPU, with a table of its own.
@@ -72,7 +71,7 @@ class CpuBlockPlanner {
                                    .plan = &plan_,
                                    .host_plan = &host_plan_};
     WithPolicy(planning_.policy, [&]<class Policy>(Policy) {
-      int32_t* words = SharedWords(NumPlannerWords(planning_.policy, planning_.table.num_experts));
+      int32_t* words = SharedWords(NumPlannerWords(planning_));
       const int32_t num_threads = NumThreads(request.ids.count);
       const bool is_one_tile = IsOneTile(planning_, layer, num_threads);
       RunHostBlock(num_threads, [&](HostBlock& block) {
@@ -97,9 +96,11 @@ class CpuBlockPlanner {
   void Learn(int32_t layer) {
     const NeedState& model = planning_.need.model;
     int32_t* words = SharedWords(NumLearnerWords(model.num_experts, model.width));
-    int32_t num_inputs;
+    BlockLearnerShared shared;
     RunHostBlock(kNumThreads, [&](HostBlock& block) {
-      BlockNeedLearner<HostBlock>(block, num_inputs, words, planning_.need, layer).Learn();
+      BlockNeedLearner<HostBlock>(block, shared, words, planning_.need, planning_.table.expert_key,
+                                  layer)
+          .Learn();
     });
   }
 

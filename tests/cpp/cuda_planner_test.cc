@@ -179,6 +179,21 @@ TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {
       std::invalid_argument);
 }
 
+TEST_F(PlannerKernelRefusalTest, APlanThatNothingWasLearnedFromIsTheLast) {
+  const PlannerConfig config{.top_k = 2, .expert_bytes = 1, .policy = PolicyKind::kPredictedNeed};
+  DevicePlanner planner(2, 8, 6, config);
+  DeviceIds ids;
+  DeviceMemory plan(sizeof(LayerPlan), "a plan");
+  const auto enqueue = [&](int32_t layer) {
+    planner.PlanLayer(layer, ids.Put({1, 2}, false), reinterpret_cast<LayerPlan*>(plan.data()),
+                      nullptr, MissFetch::kTransfer, nullptr);
+  };
+  enqueue(0);
+  EXPECT_THROW(enqueue(1), std::logic_error);
+  planner.Learn(0, nullptr);
+  EXPECT_NO_THROW(enqueue(1));
+}
+
 struct DestroyGraph {
   void operator()(cudaGraph_t graph) const { EXPERTFLOW_CUDA_WARN(cudaGraphDestroy(graph)); }
   void operator()(cudaGraphExec_t graph) const {

@@ -29,6 +29,7 @@ class HostBlockState {
   std::barrier<> barrier;
   std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
   std::vector<uint32_t> values;  // of the warps' threads, while they are exchanged
+  std::atomic<int32_t> num_arrived = 0;
 };
 
 // The `Block` of core/block_selection.h and core/block_planner.h. Warps are small, so that a few
@@ -44,14 +45,16 @@ class HostBlock {
   void Sync() { state_.barrier.arrive_and_wait(); }
 
   uint32_t Ballot(bool flag) {
-    return Exchange(flag, [](const uint32_t* of_lanes) {
-      uint32_t bits = 0;
-      for (int32_t lane = 0; lane < kWarpSize; ++lane) bits |= of_lanes[lane] << lane;
-      return bits;
-    });
-  }
-  uint32_t OfLane(uint32_t value, int32_t lane) {
-    return Exchange(value, [lane](const uint32_t* of_lanes) { return of_lanes[lane]; });
+    const int32_t first = thread_ / kWarpSize * kWarpSize;
+    std::barrier<>& barrier = *state_.warp_barriers[static_cast<size_t>(thread_ / kWarpSize)];
+    state_.values[static_cast<size_t>(thread_)] = flag;
+    barrier.arrive_and_wait();
+    uint32_t bits = 0;
+    for (int32_t lane = 0; lane < kWarpSize; ++lane) {
+      bits |= state_.values[static_cast<size_t>(first + lane)] << lane;
+    }
+    barrier.arrive_and_wait();
+    return bits;
   }
 
   template <class Int>
@@ -69,8 +72,19 @@ class HostBlock {
 
   void WaitForPrevious() {}
   void SyncWarp() {}
+  void SyncSome(bool arrives, bool waits, int32_t num_threads) {
+    if (arrives && ++state_.num_arrived == num_threads) state_.num_arrived.notify_all();
+    while (waits) {
+      const int32_t found = state_.num_arrived;
+      if (found == num_threads) break;
+      state_.num_arrived.wait(found);
+    }
+  }
   void Mark(PlanPhase) {}
-  void CopyAsync(int32_t& to, const int32_t& from) { to = from; }
+  template <class Words>
+  void CopyAsync(Words& to, const Words& from) {
+    to = from;
+  }
   void WaitForCopies() {}
 
   void Release(uint64_t& word, uint64_t value) {
@@ -78,18 +92,6 @@ class HostBlock {
   }
 
  private:
-  // What `read` makes of the values of the warp's threads.
-  template <class Read>
-  uint32_t Exchange(uint32_t value, const Read& read) {
-    const int32_t first = thread_ / kWarpSize * kWarpSize;
-    std::barrier<>& barrier = *state_.warp_barriers[static_cast<size_t>(thread_ / kWarpSize)];
-    state_.values[static_cast<size_t>(thread_)] = value;
-    barrier.arrive_and_wait();
-    const uint32_t result = read(state_.values.data() + first);
-    barrier.arrive_and_wait();
-    return result;
-  }
-
   HostBlockState& state_;
   const int32_t thread_;
 };

@@ -51,13 +51,15 @@ struct NeedRules {
   }
 
   // All experts of a batch together weigh as much as those of one token.
+  EXPERTFLOW_HD static int32_t Scaled(int32_t sum_of_weights, int32_t num_inputs, int32_t top_k) {
+    const int32_t nominal = kNumSources * top_k;
+    if (num_inputs <= nominal) return sum_of_weights;
+    return static_cast<int32_t>(int64_t{sum_of_weights} * nominal / num_inputs);
+  }
+
   EXPERTFLOW_HD static int32_t Logit(int32_t sum_of_weights, int32_t num_inputs, int32_t top_k,
                                      int16_t frequency) {
-    const int32_t nominal = kNumSources * top_k;
-    if (num_inputs > nominal) {
-      sum_of_weights = static_cast<int32_t>(int64_t{sum_of_weights} * nominal / num_inputs);
-    }
-    return sum_of_weights + 2 * frequency;
+    return Scaled(sum_of_weights, num_inputs, top_k) + 2 * frequency;
   }
 
   // Where the sigmoid's table has the probability: looked up when it is learned from.
@@ -67,8 +69,11 @@ struct NeedRules {
     return static_cast<int16_t>(i < 0 ? 0 : i > kLast ? kLast : i);
   }
 
+  // What of a score goes into the next.
+  EXPERTFLOW_HD static int32_t Carried(int32_t score) { return (score * 5) >> 4; }
+
   EXPERTFLOW_HD static int32_t Score(int32_t logit, int32_t score) {
-    return logit + ((score * 5) >> 4);  // 5/16 of a score goes into the next
+    return logit + Carried(score);
   }
 
   static constexpr int32_t kOneQ15 = (1 << 15) - 1;
@@ -132,29 +137,38 @@ struct NeedState {
   EXPERTFLOW_HD int16_t* Weights(int32_t row) const { return weights + int64_t{row} * width; }
 };
 
-// A plan that found no slots to take: its layer and tick come again, and were observed already.
-struct NeedRetry {
-  Tick tick = kNever;
+// What is known of an expert's score before its layer routes (core/block_need_ahead.h), if that is
+// `layer`: the sum of weights of so many rows, and what comes to the score beside.
+struct alignas(16) NeedAhead {
+  int32_t sum = 0;
+  int32_t num_inputs = 0;
+  int32_t rest = 0;
   int32_t layer = -1;
 };
 
-// For which layer weights are summed already (core/block_need_ahead.h), or -1, and of how many
-// rows.
-struct alignas(8) NeedAhead {
-  int32_t layer = -1;
-  int32_t num_inputs = 0;
+// What the last plan observed of an expert, to be recorded behind it.
+struct alignas(8) NeedObserved {
+  int32_t score = 0;
+  int32_t is_routed = 0;
+};
+
+// The end of the last plan.
+struct alignas(16) NeedOutcome {
+  // The plan found no slots to take: its layer and tick come again, and were observed already.
+  Tick retried_tick = kNever;
+  int32_t retried_layer = -1;
+  int32_t observed_layer = -1;  // of what is not recorded yet, or -1
 };
 
 // The same with what a model on blocks of threads needs beside (core/block_need_step.h).
 struct BlockNeedState {
   NeedState model;
-  // The last step of every layer once more, where a plan finds it before it knows its number.
-  int32_t* latest_count;  // [num_layers]
-  int32_t* latest;        // [num_layers][num_experts]
-  int64_t* to_learn;      // [num_layers] the step with which nothing was learned yet, or below 0
-  NeedRetry* retried;
-  NeedAhead* ahead;
-  int32_t* ahead_sums;  // [width]
+  // The last step of every layer once more, where it is found before its number is known.
+  int32_t* latest_count;   // [num_layers]
+  int32_t* latest;         // [num_layers][num_experts]
+  NeedAhead* ahead;        // [num_experts]
+  NeedObserved* observed;  // [num_experts]
+  NeedOutcome* outcome;
 };
 
 // Owns the arrays in host memory, as they are before the first step.

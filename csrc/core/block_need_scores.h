@@ -21,8 +21,7 @@ EXPERTFLOW_HD inline int32_t NumCopiedWords(const NeedState& model) {
 
 // Words of shared memory that scoring needs.
 EXPERTFLOW_HD inline int32_t NumScoresWords(const NeedState& model) {
-  constexpr auto kWordsOfExpert = static_cast<int32_t>(sizeof(NeedAhead) / sizeof(int32_t)) + 1;
-  return kWordsOfExpert * model.num_experts + NumCopiedWords(model);
+  return NumCopiedWords(model) + model.num_experts;
 }
 
 // The first half of what NeedModel::Observe (eviction/need_model.h) does, by the block of threads
@@ -37,7 +36,7 @@ class BlockNeedScores {
  public:
   static constexpr int32_t kAtOnce = 8;  // rows that are read
 
-  // `shared_words` [NumScoresWords(model)] lie in shared memory, aligned for NeedAhead.
+  // `shared_words` [NumScoresWords(model)] lie in shared memory, aligned for four words.
   // `first_expert` is the first that the thread scores; the others follow num_threads() apart.
   EXPERTFLOW_DEVICE BlockNeedScores(Block& block, int32_t* shared_words,
                                     const BlockNeedState& state, int32_t layer,
@@ -45,8 +44,7 @@ class BlockNeedScores {
       : block_(block),
         state_(state),
         model_(state.model),
-        known_(reinterpret_cast<NeedAhead*>(shared_words)),
-        copied_(reinterpret_cast<int32_t*>(known_ + state.model.num_experts)),
+        copied_(shared_words),
         scores_(copied_ + NumCopiedWords(state.model)),
         weights_(state.model.Weights(state.model.WeightRow(layer, 0, 0))),
         layer_(layer),
@@ -69,22 +67,12 @@ class BlockNeedScores {
   // Asks for all else that does not depend on what is routed now.
   EXPERTFLOW_DEVICE void Ask() {
     outcome_ = *state_.outcome;
-    if (first_expert_ < model_.num_experts) ahead_ = state_.ahead[first_expert_];
+    ahead_ = state_.ahead[first_expert_ < model_.num_experts ? first_expert_ : 0];
   }
 
   // Whether the plan of tick `now` is the first to see its routes.
   EXPERTFLOW_DEVICE bool IsNew(Tick now) const {
     return outcome_.retried_layer != layer_ || outcome_.retried_tick != now;
-  }
-
-  // Finds out what is not known, before the barrier behind which the routes are.
-  EXPERTFLOW_DEVICE void Prepare() {
-    EXPERTFLOW_NO_UNROLL
-    for (int32_t e = first_expert_; e < model_.num_experts; e += block_.num_threads()) {
-      if (e != first_expert_) ahead_ = state_.ahead[e];
-      if (ahead_.layer != layer_) ahead_ = FindOut(e);
-      known_[e] = ahead_;
-    }
   }
 
   // Scores the layer's experts. `routed` are the experts of the ids, of which there are num_ids,
@@ -96,13 +84,14 @@ class BlockNeedScores {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = first_expert_; IsOfWarp(e); e += block_.num_threads()) {
       const int32_t existing = e < model_.num_experts ? e : 0;
-      const NeedAhead known = known_[existing];
+      if (e != first_expert_) ahead_ = state_.ahead[existing];
       // Of one layer, the lesson just before may have changed the weights since they were copied.
-      const bool is_copied = (known.layer == layer_) & may_use_copy_;
-      WeightSum sum{known.sum, known.num_inputs};
+      const bool is_copied = (ahead_.layer == layer_) & may_use_copy_;
+      if (ahead_.layer != layer_) ahead_ = FindOut(existing);
+      WeightSum sum{ahead_.sum, ahead_.num_inputs};
       AddRouted(sum, is_copied ? reinterpret_cast<const int16_t*>(copied_) : weights_, existing,
                 routed, num_ids, first_of_expert);
-      if (e < model_.num_experts) Score(e, sum, known.rest, first_of_expert[e] != not_routed);
+      if (e < model_.num_experts) Score(e, sum, ahead_.rest, first_of_expert[e] != not_routed);
     }
   }
 
@@ -172,10 +161,9 @@ class BlockNeedScores {
     state_.observed[e] = {score, is_routed ? 1 : 0};
   }
 
-  // What SumNeedsAhead does, for one expert, but for the layer: copied weights may be old. Seldom:
-  // short rather than fast.
+  // What SumNeedsAhead does, for one expert. Seldom: short rather than fast.
   EXPERTFLOW_DEVICE NeedAhead FindOut(int32_t e) const {
-    NeedAhead ahead{0, 0, RestOfScore(model_, layer_, e), -1};
+    NeedAhead ahead{0, 0, RestOfScore(model_, layer_, e), layer_};
     EXPERTFLOW_NO_UNROLL
     for (int32_t s = 1; s < NeedRules::kNumSources; ++s) {
       const int32_t source_layer = model_.SourceLayer(layer_, s);
@@ -193,7 +181,6 @@ class BlockNeedScores {
   Block& block_;
   const BlockNeedState& state_;
   const NeedState& model_;
-  NeedAhead* const known_;        // [num_experts]
   int32_t* const copied_;         // [NumCopiedWords(model)]
   int32_t* const scores_;         // [num_experts]
   const int16_t* const weights_;  // of what is routed now, the layer's first row

@@ -18,19 +18,17 @@
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
-// SyncWarp(), SyncSome(arrives, waits, num_threads), once, a barrier for the warps that arrive,
-// num_threads in all, where only those wait that are asked to, CopyAsync(to, from), of one or four
-// words into shared memory, for which WaitForCopies() waits, Release(word, value), which lets the
-// host see `value` only after all that the block wrote before, and Mark(phase), which says that a
-// phase has ended.
+// SyncWarp(), CopyAsync(to, from), of one or four words into shared memory, for which
+// WaitForCopies() waits, Release(word, value), which lets the host see `value` only after all that
+// the block wrote before, and Mark(phase), which says that a phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
 // the ids, the tick, every slot and what a policy that learns knows of the experts, and five
-// barriers. Other warps have the layer's experts than have slots. Whether a routed expert is
-// resident is told by the thread that has its slot (`slot_expert` and `expert_slot` say the same),
-// so no thread follows a chain of loads from the expert to its slot. Rows that are resident and
-// rows that are missing are finished by different warps, at the same time. What a policy records is
-// left to a kernel behind (core/block_need_learner.h).
+// barriers, or six for that policy. Other warps have the layer's experts than have slots. Whether a
+// routed expert is resident is told by the thread that has its slot (`slot_expert` and
+// `expert_slot` say the same), so no thread follows a chain of loads from the expert to its slot.
+// Rows that are resident and rows that are missing are finished by different warps, at the same
+// time. What a policy records is left to a kernel behind (core/block_need_learner.h).
 
 namespace expertflow {
 
@@ -98,7 +96,6 @@ class BlockPlanner {
     if constexpr (!kLearns) UseKey();
     block_.Sync();
     block_.Mark(PlanPhase::kRanked);
-    if constexpr (kLearns) UseKey();
     CountRows(block_, shared_.residence, request_.ids.count, rows_);
     block_.Mark(PlanPhase::kCounted);
     const LayerPlanStatus status = TakeSlots(own, least);
@@ -175,20 +172,11 @@ class BlockPlanner {
     return expert_ >= 0 && first_of_expert_[expert_] == thread_;
   }
 
-  // As Planner::ObserveNeeds does, by the warps that have experts, once those have come that have
-  // ids; the others rank slots meanwhile.
+  // As Planner::ObserveNeeds does, by the warps that have experts, while the others rank slots.
+  // What is scored for a bad id is not used.
   EXPERTFLOW_DEVICE void ObserveNeeds() {
-    need_.Prepare();
-    const auto whole_warps = [](int32_t num_threads) {
-      return (num_threads + Block::kWarpSize - 1) / Block::kWarpSize * Block::kWarpSize;
-    };
-    const int32_t num_with_id = whole_warps(request_.ids.count);
-    const int32_t num_with_expert = whole_warps(planning_.table.num_experts);
-    const bool has_experts = block_.num_threads() - thread_ <= num_with_expert;
-    const int32_t num_any = num_with_id + num_with_expert;
-    block_.SyncSome(thread_ < num_with_id || has_experts, has_experts,
-                    num_any < block_.num_threads() ? num_any : block_.num_threads());
-    if (!has_experts || shared_.num_bad_ids > 0 || !need_.IsNew(now_)) return;
+    block_.Sync();
+    if (!need_.IsNew(now_)) return;
     need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
   }
 
@@ -203,12 +191,17 @@ class BlockPlanner {
 
   // The key of the thread's expert, from this plan on.
   EXPERTFLOW_DEVICE void UseKey() {
-    if (expert_ < 0) return;
+    if (expert_ >= 0) key_ = Policy::KeyOnUse(planning_.eviction, key_, now_);
+  }
+
+  // The same of a used expert: what learns has it in shared memory, others have computed it early.
+  EXPERTFLOW_DEVICE int64_t UsedKey(int32_t expert, int64_t computed) const {
     if constexpr (kLearns) {
-      key_ = has_observed_ ? PredictedNeed::KeyOf(need_.scores()[expert_])
-                           : planning_.table.expert_key[Index(ToIndex(expert_))];
+      const int64_t key = has_observed_ ? PredictedNeed::KeyOf(need_.scores()[expert])
+                                        : planning_.table.expert_key[Index(ToIndex(expert))];
+      return Policy::KeyOnUse(planning_.eviction, key, now_);
     }
-    key_ = Policy::KeyOnUse(planning_.eviction, key_, now_);
+    return computed;
   }
 
   EXPERTFLOW_DEVICE LayerPlanStatus TakeSlots(Slots& own, uint32_t least) {
@@ -241,9 +234,11 @@ class BlockPlanner {
         DropAllReady();
         evicted = {};
       }
-      if (has_miss) PlaceMissing(missing, evicted, shared_.missing[miss].key);
+      if (has_miss) {
+        PlaceMissing(missing, evicted, UsedKey(missing.expert, shared_.missing[miss].key));
+      }
       if (rows_.own >= 0) {
-        RecordUse(planning_, resident.slot, ToIndex(resident.expert), key_, now_,
+        RecordUse(planning_, resident.slot, ToIndex(resident.expert), UsedKey(expert_, key_), now_,
                   /*streaming=*/false);
       }
       if (thread_ == Bookkeeper()) Count();

@@ -27,14 +27,6 @@ struct CudaBlock {
   __device__ void Mark(PlanPhase) {}
   __device__ void Sync() { __syncthreads(); }
   __device__ void SyncWarp() { __syncwarp(); }
-  __device__ void SyncSome(bool arrives, bool waits, int32_t num_threads) {
-    constexpr int kBarrier = 1;  // 0 is that of all threads
-    if (waits) {
-      asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(num_threads) : "memory");
-    } else if (arrives) {
-      asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(num_threads) : "memory");
-    }
-  }
   __device__ uint32_t Ballot(bool flag) { return __ballot_sync(kAllLanes, flag); }
   __device__ int32_t Add(int32_t& counter, int32_t amount) { return atomicAdd(&counter, amount); }
   __device__ uint32_t Add(uint32_t& counter, uint32_t amount) {

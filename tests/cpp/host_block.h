@@ -29,7 +29,6 @@ class HostBlockState {
   std::barrier<> barrier;
   std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
   std::vector<uint32_t> values;  // of the warps' threads, while they are exchanged
-  std::atomic<int32_t> num_arrived = 0;
 };
 
 // The `Block` of core/block_selection.h and core/block_planner.h. Warps are small, so that a few
@@ -72,14 +71,6 @@ class HostBlock {
 
   void WaitForPrevious() {}
   void SyncWarp() {}
-  void SyncSome(bool arrives, bool waits, int32_t num_threads) {
-    if (arrives && ++state_.num_arrived == num_threads) state_.num_arrived.notify_all();
-    while (waits) {
-      const int32_t found = state_.num_arrived;
-      if (found == num_threads) break;
-      state_.num_arrived.wait(found);
-    }
-  }
   void Mark(PlanPhase) {}
   template <class Words>
   void CopyAsync(Words& to, const Words& from) {

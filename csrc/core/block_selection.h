@@ -25,8 +25,7 @@ namespace expertflow {
 
 constexpr int32_t kMaxBlockWarps = 32;
 constexpr int32_t kMaxBlockVictims = 512;
-constexpr int64_t kNoRank = std::numeric_limits<int64_t>::max();  // above every rank
-constexpr int64_t kLowestRank = std::numeric_limits<int64_t>::min();
+constexpr int64_t kNoRank = std::numeric_limits<int64_t>::max();     // above every rank
 constexpr uint32_t kNoOrder = std::numeric_limits<uint32_t>::max();  // above every order
 constexpr int32_t kHighestSlot = std::numeric_limits<int32_t>::max();
 
@@ -81,7 +80,10 @@ struct BlockSelection {
   uint32_t sorted[kNumBins];             // the same in order
   SlotCandidate list[kListCapacity];
   int32_t num_listed[2];  // of this list and of the next; 0 before the first pass
-  SlotCandidate last;     // the last victim of the pass
+  // Of what a pass may list, where that is bounded. In memory: registers would hold them, and what
+  // is compared with them, also where nothing is.
+  SlotCandidate floor;    // the last victim of the pass before
+  SlotCandidate ceiling;  // the last that was listed when there were too many
   Victim victims[kMaxBlockVictims];
 };
 
@@ -125,11 +127,13 @@ EXPERTFLOW_DEVICE void SortLeast(Block& block, BlockSelection& shared) {
   }
 }
 
-// Puts the listed candidates' places among the first `wanted` into `victims`; a warp for each
-// candidate, with whose lanes it compares the list, which they read once.
+// Puts the listed candidates' places among the first `wanted` into `victims`, and the last of them
+// into `last`; a warp for each candidate, with whose lanes it compares the list, which they read
+// once.
 template <class Block>
-EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t num_listed,
-                                 int32_t wanted, BlockSelection::Victim* victims) {
+EXPERTFLOW_DEVICE void OrderList(Block& block, const BlockSelection& shared, int32_t num_listed,
+                                 int32_t wanted, BlockSelection::Victim* victims,
+                                 SlotCandidate& last) {
   constexpr int32_t kPerLane = BlockSelection::kListCapacity / Block::kWarpSize;
   const int32_t lane = block.thread() % Block::kWarpSize;
   const int32_t warp = block.thread() / Block::kWarpSize;
@@ -152,21 +156,32 @@ EXPERTFLOW_DEVICE void OrderList(Block& block, BlockSelection& shared, int32_t n
     }
     if (lane != 0 || place >= wanted) continue;
     victims[place] = {candidate.slot, candidate.held};
-    if (place == wanted - 1) shared.last = candidate;
+    if (place == wanted - 1) last = candidate;
   }
 }
 
-// One pass: the `wanted` smallest candidates above `floor`, of which the thread's smallest has the
-// order `least`. Returns how many there are. `parity` says which counter is free, and turns with
-// every use.
+// Lists those of the thread's candidates that `kept` has bits for.
+template <class Block, class Candidate>
+EXPERTFLOW_DEVICE void List(Block& block, BlockSelection& shared, int32_t& counter, uint32_t kept,
+                            const Candidate& candidate) {
+  int32_t place = block.Add(counter, CountBits(kept));
+  EXPERTFLOW_NO_UNROLL
+  for (; kept != 0; kept &= kept - 1) {
+    if (place < BlockSelection::kListCapacity) shared.list[place] = candidate(LowestBit(kept));
+    ++place;
+  }
+}
+
+// One pass: the `wanted` smallest candidates, above `shared.floor` if `has_floor`, of which the
+// thread's smallest has the order `least`. Returns how many there are. `parity` says which counter
+// is free, and turns with every use.
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Source& source,
-                                      const SlotCandidate& floor, uint32_t least, int32_t wanted,
+                                      bool has_floor, uint32_t least, int32_t wanted,
                                       BlockSelection::Victim* victims, int32_t& parity) {
   constexpr int32_t kListCapacity = BlockSelection::kListCapacity;
   const uint32_t bound = Smaller(shared.sorted[wanted - 1], kNoOrder - 1);
-  SlotCandidate ceiling{kNoRank, kHighestSlot, 0};
-  bool is_bounded = floor.slot >= 0;  // by more than orders
+  bool has_ceiling = false;
   for (;;) {
     int32_t& counter = shared.num_listed[parity];
     if (least <= bound) {
@@ -176,43 +191,36 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
         for (int32_t k = 0; k < Source::kPerTile; ++k) {
           kept |= orders[k] <= bound ? uint32_t{1} << k : 0;
         }
-        if (is_bounded) {
-          EXPERTFLOW_UNROLL
+        if (has_floor | has_ceiling) {
+          EXPERTFLOW_NO_UNROLL
           for (int32_t k = 0; k < Source::kPerTile; ++k) {
             const SlotCandidate offered = candidate(k);
-            const bool lies_between = (floor < offered) & !(ceiling < offered);
-            kept &= lies_between ? ~uint32_t{0} : ~(uint32_t{1} << k);
+            const bool is_below = has_floor & !(shared.floor < offered);
+            const bool is_above = has_ceiling & (shared.ceiling < offered);
+            if (is_below | is_above) kept &= ~(uint32_t{1} << k);
           }
         }
-        if (kept == 0) return;
-        int32_t place = block.Add(counter, CountBits(kept));
-        EXPERTFLOW_UNROLL
-        for (int32_t k = 0; k < Source::kPerTile; ++k) {
-          if ((kept >> k & 1) == 0) continue;
-          if (place < kListCapacity) shared.list[place] = candidate(k);
-          ++place;
-        }
+        if (kept != 0) List(block, shared, counter, kept, candidate);
       });
     }
     block.Sync();
     const int32_t num_kept = counter;
-    const int32_t num_listed = num_kept < kListCapacity ? num_kept : kListCapacity;
+    const bool is_complete = num_kept <= kListCapacity;
     parity ^= 1;
     if (block.thread() == 0) shared.num_listed[parity] = 0;
-    OrderList(block, shared, num_listed, wanted, victims);
+    OrderList(block, shared, is_complete ? num_kept : kListCapacity, wanted, victims,
+              is_complete ? shared.floor : shared.ceiling);
     block.Sync();
-    if (num_kept <= kListCapacity) return num_kept < wanted ? num_kept : wanted;
+    if (is_complete) return num_kept < wanted ? num_kept : wanted;
     // Too many, because of equal orders or one crowded bin: what fitted gives a lower bound.
-    ceiling = shared.last;
-    is_bounded = true;
+    has_ceiling = true;
   }
 }
 
-// Shares and sorts the threads' smallest orders above `floor`, for another pass. Returns the
+// Shares and sorts the threads' smallest orders above `shared.floor`, for another pass. Returns the
 // thread's own.
 template <class Block, class Source>
-EXPERTFLOW_DEVICE uint32_t SortAbove(Block& block, BlockSelection& shared, Source& source,
-                                     const SlotCandidate& floor) {
+EXPERTFLOW_DEVICE uint32_t SortAbove(Block& block, BlockSelection& shared, Source& source) {
   constexpr int32_t kNumBins = BlockSelection::kNumBins;
   EXPERTFLOW_NO_UNROLL
   for (int32_t i = block.thread(); i < kNumBins; i += block.num_threads()) {
@@ -223,7 +231,7 @@ EXPERTFLOW_DEVICE uint32_t SortAbove(Block& block, BlockSelection& shared, Sourc
   source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < Source::kPerTile; ++k) {
-      const bool is_less = (floor < candidate(k)) & (orders[k] < least);
+      const bool is_less = (shared.floor < candidate(k)) & (orders[k] < least);
       least = is_less ? orders[k] : least;
     }
   });
@@ -241,18 +249,16 @@ EXPERTFLOW_DEVICE uint32_t SortAbove(Block& block, BlockSelection& shared, Sourc
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectSmallest(Block& block, BlockSelection& shared, Source& source,
                                          uint32_t least, int32_t count) {
-  SlotCandidate floor{kLowestRank, -1, 0};
   int32_t parity = 0;
   int32_t num_found = 0;
   for (;;) {
     const int32_t rest = count - num_found;
     const int32_t wanted = rest < BlockSelection::kNumBins ? rest : BlockSelection::kNumBins;
-    const int32_t found = SelectAbove(block, shared, source, floor, least, wanted,
+    const int32_t found = SelectAbove(block, shared, source, num_found > 0, least, wanted,
                                       shared.victims + num_found, parity);
     num_found += found;
     if (found < wanted || num_found == count) return num_found;
-    floor = shared.last;
-    least = SortAbove(block, shared, source, floor);
+    least = SortAbove(block, shared, source);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -15,6 +16,8 @@
 
 namespace expertflow {
 namespace {
+
+constexpr int64_t kLowestRank = std::numeric_limits<int64_t>::min();
 
 template <int32_t kTieBits = 0>
 uint32_t OrderOfRank(int64_t rank, int64_t origin, int32_t slot = 0) {

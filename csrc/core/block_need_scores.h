@@ -89,8 +89,7 @@ class BlockNeedScores {
       const bool is_copied = (ahead_.layer == layer_) & may_use_copy_;
       if (ahead_.layer != layer_) ahead_ = FindOut(existing);
       WeightSum sum{ahead_.sum, ahead_.num_inputs};
-      AddRouted(sum, is_copied ? reinterpret_cast<const int16_t*>(copied_) : weights_, existing,
-                routed, num_ids, first_of_expert);
+      AddRouted(sum, is_copied, existing, routed, num_ids, first_of_expert);
       if (e < model_.num_experts) Score(e, sum, ahead_.rest, first_of_expert[e] != not_routed);
     }
   }
@@ -109,11 +108,11 @@ class BlockNeedScores {
     return e / Block::kWarpSize * Block::kWarpSize < model_.num_experts;
   }
 
-  // Adds the rows of what is routed now. `weights` are those about it as the first source; of few
-  // layers, some sources behind are the same step. Called by whole warps.
-  EXPERTFLOW_DEVICE void AddRouted(WeightSum& to, const int16_t* weights, int32_t e,
-                                   const int32_t* routed, int32_t num_ids,
-                                   const int32_t* first_of_expert) {
+  // Adds the rows of what is routed now: of the copy, or of the weights about it as the first
+  // source. Of few layers, some sources behind are the same step. Called by whole warps.
+  EXPERTFLOW_DEVICE void AddRouted(WeightSum& to, bool is_copied, int32_t e, const int32_t* routed,
+                                   int32_t num_ids, const int32_t* first_of_expert) {
+    const auto* copied = reinterpret_cast<const int16_t*>(copied_);
     const int32_t lane = block_.thread() % Block::kWarpSize;
     EXPERTFLOW_NO_UNROLL
     for (int32_t first = 0; first < num_ids; first += Block::kWarpSize) {
@@ -123,7 +122,9 @@ class BlockNeedScores {
       const int32_t end = num_ids - first < Block::kWarpSize ? num_ids - first : Block::kWarpSize;
       EXPERTFLOW_NO_UNROLL
       for (int32_t i = 0; i < end; i += kAtOnce) {
-        to.sum += SumRows(weights, e, routed + first + i, rows >> i);
+        // Not one call with either pointer: that would have no address space.
+        to.sum += is_copied ? SumRows(copied, e, routed + first + i, rows >> i)
+                            : SumRows(weights_, e, routed + first + i, rows >> i);
       }
       to.num_inputs += CountBits(rows);
       EXPERTFLOW_NO_UNROLL
@@ -150,7 +151,7 @@ class BlockNeedScores {
     }
     int32_t sum = 0;
     EXPERTFLOW_UNROLL
-    for (int32_t k = 0; k < kAtOnce; ++k) sum += (rows >> k & 1) != 0 ? found[k] : 0;
+    for (int32_t k = 0; k < kAtOnce; ++k) sum += (rows & uint32_t{1} << k) != 0 ? found[k] : 0;
     return sum;
   }
 

@@ -85,13 +85,14 @@ class BlockPlanner {
     NoteRouted(AskForAll(own));
     now_ = clock_.now + 1;
     if constexpr (kLearns) ObserveNeeds();
-    const uint32_t least_of_others = own.RankOthers(now_);
-    ShareLeast(block_, shared_.selection, least_of_others);
+    uint32_t of_others[Slots::kNeighbours];
+    own.RankOthers(now_, of_others);
+    ShareLeast(block_, shared_.selection, of_others);
     block_.Sync();
     block_.Mark(PlanPhase::kRouted);
     has_bad_ids_ = shared_.num_bad_ids > 0;
     if constexpr (kLearns) has_observed_ = !has_bad_ids_ && need_.IsNew(now_);
-    const uint32_t least = Smaller(least_of_others, RankOfLayer(own));
+    const uint32_t least = Smaller(Smallest(of_others), RankOfLayer(own));
     SortLeast(block_, shared_.selection);
     if constexpr (!kLearns) UseKey();
     block_.Sync();

@@ -16,10 +16,10 @@
 // are compared by 32 bits of theirs (OrderOf); the list is exact.
 //
 // A `Block` is what a CUDA block gives its threads: kWarpSize, thread(), num_threads() (whole
-// warps), Sync(), Ballot(flag) of a warp, and, atomic, Min(value, other) and Add(counter, amount),
-// which returns the value before. A `Source` has the calling thread's candidates, some at once:
-// VisitTiles(f) calls f(orders [kPerTile], candidate), where candidate(k) is the SlotCandidate of
-// the k-th order; kNoOrder is none.
+// warps), Sync(), of a warp Ballot(flag) and OfLane(value, lane), and, atomic, Min(value, other)
+// and Add(counter, amount), which returns the value before. A `Source` has the calling thread's
+// candidates, some at once: VisitTiles(f) calls f(orders [kPerTile], candidate), where candidate(k)
+// is the SlotCandidate of the k-th order; kNoOrder is none.
 
 namespace expertflow {
 
@@ -41,6 +41,14 @@ struct SlotCandidate {
 };
 
 EXPERTFLOW_HD inline uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+template <size_t kCount>
+EXPERTFLOW_DEVICE uint32_t Smallest(const uint32_t (&orders)[kCount]) {
+  uint32_t smallest = orders[0];
+  EXPERTFLOW_UNROLL
+  for (size_t k = 1; k < kCount; ++k) smallest = Smaller(smallest, orders[k]);
+  return smallest;
+}
 
 // Never decreases with the rank, `key` or above all others if protected, nor, at equal ranks, with
 // the slot. Tells keys apart that lie within 2^(30 - kTieBits) of `origin`, of empty slots the
@@ -87,11 +95,20 @@ struct BlockSelection {
   Victim victims[kMaxBlockVictims];
 };
 
-// Shares `least`, the smallest order of candidates of the thread. Neighbours share it with other
-// bins: their slots are often as old, and all of them victims.
-template <class Block>
-EXPERTFLOW_DEVICE void ShareLeast(Block& block, BlockSelection& shared, uint32_t least) {
-  block.Min(shared.least[block.thread() % BlockSelection::kNumBins], least);
+// Shares the smallest orders that the thread has at each place of its tiles; called by whole warps.
+// Places next to each other go to different bins: slots that were filled together are as old, and
+// all of them victims.
+template <class Block, size_t kPerTile>
+EXPERTFLOW_DEVICE void ShareLeast(Block& block, BlockSelection& shared,
+                                  const uint32_t (&least)[kPerTile]) {
+  constexpr int32_t kLanesApart = Block::kWarpSize / 4;
+  uint32_t of_bin = least[0];
+  EXPERTFLOW_UNROLL
+  for (int32_t k = 1; k < static_cast<int32_t>(kPerTile); ++k) {
+    const int32_t lane = (block.thread() + kLanesApart * k) % Block::kWarpSize;
+    of_bin = Smaller(of_bin, block.OfLane(least[k], lane));
+  }
+  block.Min(shared.least[block.thread() % BlockSelection::kNumBins], of_bin);
 }
 
 // Sorts what all threads have shared, behind a barrier; to be read behind another. The first warps
@@ -227,19 +244,20 @@ EXPERTFLOW_DEVICE uint32_t SortAbove(Block& block, BlockSelection& shared, Sourc
     shared.least[i] = kNoOrder;
   }
   block.Sync();
-  uint32_t least = kNoOrder;
+  uint32_t least[Source::kPerTile];
+  EXPERTFLOW_UNROLL
+  for (uint32_t& order : least) order = kNoOrder;
   source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < Source::kPerTile; ++k) {
-      const bool is_less = (shared.floor < candidate(k)) & (orders[k] < least);
-      least = is_less ? orders[k] : least;
+      if (shared.floor < candidate(k)) least[k] = Smaller(least[k], orders[k]);
     }
   });
   ShareLeast(block, shared, least);
   block.Sync();
   SortLeast(block, shared);
   block.Sync();
-  return least;
+  return Smallest(least);
 }
 
 // Fills `shared.victims` with the slots of the `count` smallest candidates, in order, and returns

@@ -76,13 +76,14 @@ class OwnSlots {
   // Asks for the first tile.
   EXPERTFLOW_DEVICE void Load() { LoadTile(0); }
 
-  // Ranks the slots for a plan at tick `now` and returns the smallest order of what may be taken,
-  // in two steps. First those that hold nothing of the layer, about which nothing has to be known
-  // yet; the rest are told to the threads of their experts.
-  EXPERTFLOW_DEVICE uint32_t RankOthers(Tick now) {
+  // Ranks the slots for a plan at tick `now`, in two steps. First those that hold nothing of the
+  // layer, about which nothing has to be known yet: fills `least` with the smallest orders of what
+  // may be taken, by place in a tile. The rest are told to the threads of their experts.
+  EXPERTFLOW_DEVICE void RankOthers(Tick now, uint32_t (&least)[kNeighbours]) {
     now_ = now;
     origin_ = Policy::Origin(planning_.eviction, now);
-    uint32_t least = kNoOrder;
+    EXPERTFLOW_UNROLL
+    for (uint32_t& order : least) order = kNoOrder;
     // A loop even for one tile: else the compiler ranks before all that comes before has been asked
     // for, and has it wait for the slots.
     EXPERTFLOW_NO_UNROLL
@@ -90,9 +91,8 @@ class OwnSlots {
       if (tile > 0) LoadTile(tile);
       RankTile(tile, [&](int32_t k, uint32_t order) { TellExpert(tile, k, order); });
       EXPERTFLOW_UNROLL
-      for (int32_t k = 0; k < kNeighbours; ++k) least = Smaller(least, order_[k]);
+      for (int32_t k = 0; k < kNeighbours; ++k) least[k] = Smaller(least[k], order_[k]);
     }
-    return least;
   }
 
   // Then, behind a barrier, the rest. `scores` [num_experts]: of the layer's experts, if they are

@@ -28,6 +28,9 @@ struct CudaBlock {
   __device__ void Sync() { __syncthreads(); }
   __device__ void SyncWarp() { __syncwarp(); }
   __device__ uint32_t Ballot(bool flag) { return __ballot_sync(kAllLanes, flag); }
+  __device__ uint32_t OfLane(uint32_t value, int32_t lane) {
+    return __shfl_sync(kAllLanes, value, lane);
+  }
   __device__ int32_t Add(int32_t& counter, int32_t amount) { return atomicAdd(&counter, amount); }
   __device__ uint32_t Add(uint32_t& counter, uint32_t amount) {
     return atomicAdd(&counter, amount);

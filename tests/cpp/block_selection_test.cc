@@ -59,16 +59,16 @@ std::vector<int32_t> SelectOnBlock(const std::vector<int64_t>& ranks, int32_t co
   std::vector<int32_t> num_found(static_cast<size_t>(num_threads));
   RunHostBlock(num_threads, [&](HostBlock& block) {
     RankSource source{ranks, origin, block.thread(), block.num_threads()};
-    uint32_t least = kNoOrder;
+    uint32_t least[RankSource::kPerTile] = {kNoOrder, kNoOrder};
     source.VisitTiles([&](const uint32_t (&orders)[RankSource::kPerTile], const auto&) {
-      least = std::min({least, orders[0], orders[1]});
+      for (int32_t k = 0; k < RankSource::kPerTile; ++k) least[k] = std::min(least[k], orders[k]);
     });
     ShareLeast(block, *shared, least);
     block.Sync();
     SortLeast(block, *shared);
     block.Sync();
     num_found[static_cast<size_t>(block.thread())] =
-        SelectSmallest(block, *shared, source, least, count);
+        SelectSmallest(block, *shared, source, Smallest(least), count);
   });
   EXPECT_EQ(std::ranges::count(num_found, num_found.front()), num_threads)
       << "the threads disagree";

@@ -44,16 +44,14 @@ class HostBlock {
   void Sync() { state_.barrier.arrive_and_wait(); }
 
   uint32_t Ballot(bool flag) {
-    const int32_t first = thread_ / kWarpSize * kWarpSize;
-    std::barrier<>& barrier = *state_.warp_barriers[static_cast<size_t>(thread_ / kWarpSize)];
-    state_.values[static_cast<size_t>(thread_)] = flag;
-    barrier.arrive_and_wait();
-    uint32_t bits = 0;
-    for (int32_t lane = 0; lane < kWarpSize; ++lane) {
-      bits |= state_.values[static_cast<size_t>(first + lane)] << lane;
-    }
-    barrier.arrive_and_wait();
-    return bits;
+    return Exchange(flag, [](const uint32_t* of_lanes) {
+      uint32_t bits = 0;
+      for (int32_t lane = 0; lane < kWarpSize; ++lane) bits |= of_lanes[lane] << lane;
+      return bits;
+    });
+  }
+  uint32_t OfLane(uint32_t value, int32_t lane) {
+    return Exchange(value, [lane](const uint32_t* of_lanes) { return of_lanes[lane]; });
   }
 
   template <class Int>
@@ -83,6 +81,18 @@ class HostBlock {
   }
 
  private:
+  // What `read` makes of the values of the warp's threads.
+  template <class Read>
+  uint32_t Exchange(uint32_t value, const Read& read) {
+    const int32_t first = thread_ / kWarpSize * kWarpSize;
+    std::barrier<>& barrier = *state_.warp_barriers[static_cast<size_t>(thread_ / kWarpSize)];
+    state_.values[static_cast<size_t>(thread_)] = value;
+    barrier.arrive_and_wait();
+    const uint32_t result = read(state_.values.data() + first);
+    barrier.arrive_and_wait();
+    return result;
+  }
+
   HostBlockState& state_;
   const int32_t thread_;
 };

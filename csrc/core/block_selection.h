@@ -179,8 +179,8 @@ EXPERTFLOW_DEVICE void OrderList(Block& block, const BlockSelection& shared, int
 
 // Lists those of the thread's candidates that `kept` has bits for.
 template <class Block, class Candidate>
-EXPERTFLOW_DEVICE void List(Block& block, BlockSelection& shared, int32_t& counter, uint32_t kept,
-                            const Candidate& candidate) {
+EXPERTFLOW_DEVICE void ListKept(Block& block, BlockSelection& shared, int32_t& counter,
+                                uint32_t kept, const Candidate& candidate) {
   int32_t place = block.Add(counter, CountBits(kept));
   EXPERTFLOW_NO_UNROLL
   for (; kept != 0; kept &= kept - 1) {
@@ -217,7 +217,7 @@ EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Sour
             if (is_below | is_above) kept &= ~(uint32_t{1} << k);
           }
         }
-        if (kept != 0) List(block, shared, counter, kept, candidate);
+        if (kept != 0) ListKept(block, shared, counter, kept, candidate);
       });
     }
     block.Sync();

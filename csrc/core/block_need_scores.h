@@ -75,6 +75,9 @@ class BlockNeedScores {
     return outcome_.retried_layer != layer_ || outcome_.retried_tick != now;
   }
 
+  // Whether the thread's warp has experts to score.
+  EXPERTFLOW_DEVICE bool HasExperts() const { return IsOfWarp(first_expert_); }
+
   // Scores the layer's experts. `routed` are the experts of the ids, of which there are num_ids,
   // with zeros behind them up to a multiple of kAtOnce. `first_of_expert` [num_experts] is an
   // expert's first place there, or `not_routed`. Called by whole warps, behind a barrier.

@@ -18,13 +18,15 @@
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
 // WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
-// SyncWarp(), CopyAsync(to, from), of one or four words into shared memory, for which
-// WaitForCopies() waits, Release(word, value), which lets the host see `value` only after all that
-// the block wrote before, and Mark(phase), which says that a phase has ended.
+// SyncWarp(), a barrier for some threads, which one sets up with Expect(word, num_arrivals) before
+// Sync(), to Arrive(word) and to Await(word) once, CopyAsync(to, from), of one or four words into
+// shared memory, for which WaitForCopies() waits, Release(word, value), which lets the host see
+// `value` only after all that the block wrote before, and Mark(phase), which says that a phase has
+// ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
 // the ids, the tick, every slot and what a policy that learns knows of the experts, and five
-// barriers, or six for that policy. Other warps have the layer's experts than have slots. Whether a
+// barriers. Other warps have the layer's experts than have slots. Whether a
 // routed expert is resident is told by the thread that has its slot (`slot_expert` and
 // `expert_slot` say the same), so no thread follows a chain of loads from the expert to its slot.
 // Rows that are resident and rows that are missing are finished by different warps, at the same
@@ -42,6 +44,7 @@ struct BlockPlannerShared {
     int32_t expert;
   } missing[kMaxRoutedIds];
   int32_t num_bad_ids;
+  uint64_t ids_known;  // a barrier of the block
   int32_t log2_table[DecayedFrequency::kTableSize];
   volatile int32_t fetched;  // of the kernel's parameters; means nothing
 };
@@ -129,7 +132,12 @@ class BlockPlanner {
     if (thread_ == 0) {
       shared_.selection.num_listed[0] = shared_.selection.num_listed[1] = shared_.num_bad_ids = 0;
     }
-    if constexpr (kLearns) need_.CopyWeights();
+    if constexpr (kLearns) {
+      if (thread_ == 0 && request_.ids.count > 0) {
+        block_.Expect(shared_.ids_known, request_.ids.count);
+      }
+      need_.CopyWeights();
+    }
     if constexpr (std::is_same_v<Policy, DecayedFrequency>) {
       EXPERTFLOW_NO_UNROLL
       for (int32_t i = thread_; i < DecayedFrequency::kTableSize; i += block_.num_threads()) {
@@ -173,11 +181,12 @@ class BlockPlanner {
     return expert_ >= 0 && first_of_expert_[expert_] == thread_;
   }
 
-  // As Planner::ObserveNeeds does, by the warps that have experts, while the others rank slots.
-  // What is scored for a bad id is not used.
+  // As Planner::ObserveNeeds does, by the warps that have experts, once those have come that have
+  // ids; the others rank slots meanwhile. What is scored for a bad id is not used.
   EXPERTFLOW_DEVICE void ObserveNeeds() {
-    block_.Sync();
-    if (!need_.IsNew(now_)) return;
+    if (has_id_) block_.Arrive(shared_.ids_known);
+    if (!need_.HasExperts() || !need_.IsNew(now_)) return;
+    if (request_.ids.count > 0) block_.Await(shared_.ids_known);
     need_.Observe(shared_.routed, request_.ids.count, first_of_expert_, Slots::kNotRouted);
   }
 

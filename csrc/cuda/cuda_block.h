@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cuda/ptx>
 
 #include "core/block_selection.h"
 #include "core/plan_phase.h"
@@ -27,6 +28,15 @@ struct CudaBlock {
   __device__ void Mark(PlanPhase) {}
   __device__ void Sync() { __syncthreads(); }
   __device__ void SyncWarp() { __syncwarp(); }
+  __device__ void Expect(uint64_t& barrier, int32_t num_arrivals) {
+    cuda::ptx::mbarrier_init(&barrier, static_cast<uint32_t>(num_arrivals));
+  }
+  __device__ void Arrive(uint64_t& barrier) { cuda::ptx::mbarrier_arrive(&barrier); }
+  __device__ void Await(uint64_t& barrier) {
+    constexpr uint32_t kFirstPhase = 0;
+    while (!cuda::ptx::mbarrier_test_wait_parity(&barrier, kFirstPhase)) {
+    }
+  }
   __device__ uint32_t Ballot(bool flag) { return __ballot_sync(kAllLanes, flag); }
   __device__ uint32_t OfLane(uint32_t value, int32_t lane) {
     return __shfl_sync(kAllLanes, value, lane);

@@ -69,6 +69,17 @@ class HostBlock {
 
   void WaitForPrevious() {}
   void SyncWarp() {}
+  void Expect(uint64_t& barrier, int32_t num_arrivals) {
+    barrier = static_cast<uint64_t>(num_arrivals);
+  }
+  void Arrive(uint64_t& barrier) {
+    std::atomic_ref left(barrier);
+    if (--left == 0) left.notify_all();
+  }
+  void Await(uint64_t& barrier) {
+    const std::atomic_ref left(barrier);
+    while (const uint64_t found = left) left.wait(found);
+  }
   void Mark(PlanPhase) {}
   template <class Words>
   void CopyAsync(Words& to, const Words& from) {

@@ -176,34 +176,27 @@ class OwnSlots {
     unused_ = ReadFourBytes(table.slot_unused, first);
   }
 
-  // Calls tell(k, order) for slots of an expert of the layer: few, so one by one. What may be taken
-  // is as MayTake says; no slot can be of the plan yet: its tick is new. Without branches that some
-  // lanes would take, but to tell.
+  // Calls tell(k, order) for slots of an expert of the layer. What may be taken is as MayTake says;
+  // no slot can be of the plan yet: its tick is new. Without branches that some lanes would take,
+  // but to tell.
   template <class Tell>
   EXPERTFLOW_DEVICE void RankTile(int32_t tile, Tell&& tell) {
-    uint32_t orders[size_t{kNeighbours}];
-    uint32_t of_layer = 0;
     EXPERTFLOW_UNROLL
     for (int32_t k = 0; k < kNeighbours; ++k) {
       const bool is_dropped = kOnDemand & (State(k) == SlotState::kReady);
       if (is_dropped) key_.of[k] = kEmptyKey;
-      orders[k] = Order(tile, k);
+      const uint32_t order = Order(tile, k);
       const bool is_of_layer = Exists(tile, k) & !is_dropped & (LocalExpert(k) < NumExperts());
       const bool may_take = Exists(tile, k) & !is_of_layer & !InFlight(State(k));
-      of_layer |= is_of_layer ? uint32_t{1} << k : 0;
-      order_[k] = orders[k] | (may_take ? 0 : kNoOrder);
-    }
-    EXPERTFLOW_NO_UNROLL
-    for (; of_layer != 0; of_layer &= of_layer - 1) {
-      const int32_t k = LowestBit(of_layer);
-      tell(k, Pick(orders, k));
+      if (is_of_layer) tell(k, order);
+      order_[k] = order | (may_take ? 0 : kNoOrder);
     }
   }
 
   EXPERTFLOW_DEVICE void TellExpert(int32_t tile, int32_t k, uint32_t order) {
     const auto slot = static_cast<SlotId>(SlotOf(tile, k));
     const int32_t residence = Residence::Of(slot, InFlight(State(k)));
-    of_layer_[LocalExpert(k)] = {Pick(key_.of, k), order, 2 * residence + Unused(k)};
+    of_layer_[LocalExpert(k)] = {key_.of[k], order, 2 * residence + Unused(k)};
   }
 
   // What PredictedNeed::RecordScore does to a slot.
@@ -253,7 +246,7 @@ class OwnSlots {
 
   // Out of the layer's range if it is of another layer.
   EXPERTFLOW_DEVICE uint32_t LocalExpert(int32_t k) const {
-    return static_cast<uint32_t>(Index(Pick(expert_.of, k)) - first_expert_);
+    return static_cast<uint32_t>(Index(expert_.of[k]) - first_expert_);
   }
 
   const PlanningView& planning_;

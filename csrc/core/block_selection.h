@@ -88,8 +88,6 @@ struct BlockSelection {
   uint32_t sorted[kNumBins];             // the same in order
   SlotCandidate list[kListCapacity];
   int32_t num_listed[2];  // of this list and of the next; 0 before the first pass
-  // Of what a pass may list, where that is bounded. In memory: registers would hold them, and what
-  // is compared with them, also where nothing is.
   SlotCandidate floor;    // the last victim of the pass before
   SlotCandidate ceiling;  // the last that was listed when there were too many
   Victim victims[kMaxBlockVictims];
@@ -178,60 +176,64 @@ EXPERTFLOW_DEVICE void OrderList(Block& block, const BlockSelection& shared, int
 }
 
 // Lists those of the thread's candidates that `kept` has bits for.
-template <class Block, class Candidate>
+template <class Source, class Block, class Candidate>
 EXPERTFLOW_DEVICE void ListKept(Block& block, BlockSelection& shared, int32_t& counter,
                                 uint32_t kept, const Candidate& candidate) {
+  if (kept == 0) return;
   int32_t place = block.Add(counter, CountBits(kept));
-  EXPERTFLOW_NO_UNROLL
-  for (; kept != 0; kept &= kept - 1) {
-    if (place < BlockSelection::kListCapacity) shared.list[place] = candidate(LowestBit(kept));
+  EXPERTFLOW_UNROLL
+  for (int32_t k = 0; k < Source::kPerTile; ++k) {
+    if ((kept >> k & 1) == 0) continue;
+    if (place < BlockSelection::kListCapacity) shared.list[place] = candidate(k);
     ++place;
   }
 }
 
-// One pass: the `wanted` smallest candidates, above `shared.floor` if `has_floor`, of which the
-// thread's smallest has the order `least`. Returns how many there are. `parity` says which counter
-// is free, and turns with every use.
-template <class Block, class Source>
-EXPERTFLOW_DEVICE int32_t SelectAbove(Block& block, BlockSelection& shared, Source& source,
-                                      bool has_floor, uint32_t least, int32_t wanted,
-                                      BlockSelection::Victim* victims, int32_t& parity) {
+// What of the limits in `shared` there is.
+struct SelectionLimits {
+  bool has_floor = false;
+  bool has_ceiling = false;
+};
+
+// Lists the candidates that keep the bound of the `wanted` smallest and, if kIsLimited, the limits
+// in `shared`, of which the thread's smallest has the order `least`, and puts those that are listed
+// in order. Returns how many there are, which may be more than the list holds. `parity` says which
+// counter is free, and turns with every use.
+template <bool kIsLimited, class Block, class Source>
+EXPERTFLOW_DEVICE int32_t ListSmallest(Block& block, BlockSelection& shared, Source& source,
+                                       SelectionLimits limits, uint32_t least, int32_t wanted,
+                                       BlockSelection::Victim* victims, int32_t& parity) {
   constexpr int32_t kListCapacity = BlockSelection::kListCapacity;
   const uint32_t bound = Smaller(shared.sorted[wanted - 1], kNoOrder - 1);
-  bool has_ceiling = false;
-  for (;;) {
-    int32_t& counter = shared.num_listed[parity];
-    if (least <= bound) {
-      source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
-        uint32_t kept = 0;
+  int32_t& counter = shared.num_listed[parity];
+  if (least <= bound) {
+    source.VisitTiles([&](const uint32_t (&orders)[Source::kPerTile], const auto& candidate) {
+      uint32_t kept = 0;
+      EXPERTFLOW_UNROLL
+      for (int32_t k = 0; k < Source::kPerTile; ++k) {
+        kept |= orders[k] <= bound ? uint32_t{1} << k : 0;
+      }
+      if constexpr (kIsLimited) {
         EXPERTFLOW_UNROLL
         for (int32_t k = 0; k < Source::kPerTile; ++k) {
-          kept |= orders[k] <= bound ? uint32_t{1} << k : 0;
+          const SlotCandidate offered = candidate(k);
+          const bool is_below = limits.has_floor & !(shared.floor < offered);
+          const bool is_above = limits.has_ceiling & (shared.ceiling < offered);
+          if (is_below | is_above) kept &= ~(uint32_t{1} << k);
         }
-        if (has_floor | has_ceiling) {
-          EXPERTFLOW_NO_UNROLL
-          for (int32_t k = 0; k < Source::kPerTile; ++k) {
-            const SlotCandidate offered = candidate(k);
-            const bool is_below = has_floor & !(shared.floor < offered);
-            const bool is_above = has_ceiling & (shared.ceiling < offered);
-            if (is_below | is_above) kept &= ~(uint32_t{1} << k);
-          }
-        }
-        if (kept != 0) ListKept(block, shared, counter, kept, candidate);
-      });
-    }
-    block.Sync();
-    const int32_t num_kept = counter;
-    const bool is_complete = num_kept <= kListCapacity;
-    parity ^= 1;
-    if (block.thread() == 0) shared.num_listed[parity] = 0;
-    OrderList(block, shared, is_complete ? num_kept : kListCapacity, wanted, victims,
-              is_complete ? shared.floor : shared.ceiling);
-    block.Sync();
-    if (is_complete) return num_kept < wanted ? num_kept : wanted;
-    // Too many, because of equal orders or one crowded bin: what fitted gives a lower bound.
-    has_ceiling = true;
+      }
+      ListKept<Source>(block, shared, counter, kept, candidate);
+    });
   }
+  block.Sync();
+  const int32_t num_kept = counter;
+  const bool fits = num_kept <= kListCapacity;
+  parity ^= 1;
+  if (block.thread() == 0) shared.num_listed[parity] = 0;
+  OrderList(block, shared, fits ? num_kept : kListCapacity, wanted, victims,
+            fits ? shared.floor : shared.ceiling);
+  block.Sync();
+  return num_kept;
 }
 
 // Shares and sorts the threads' smallest orders above `shared.floor`, for another pass. Returns the
@@ -260,24 +262,50 @@ EXPERTFLOW_DEVICE uint32_t SortAbove(Block& block, BlockSelection& shared, Sourc
   return Smallest(least);
 }
 
+// Goes on where one list was not enough: of the `wanted` victims that come first, `num_kept` have
+// been listed, or more than fitted.
+template <class Block, class Source>
+EXPERTFLOW_DEVICE int32_t SelectMore(Block& block, BlockSelection& shared, Source& source,
+                                     uint32_t least, int32_t count, int32_t wanted,
+                                     int32_t num_kept, int32_t& parity) {
+  constexpr int32_t kNumBins = BlockSelection::kNumBins;
+  SelectionLimits limits;
+  int32_t num_found = 0;
+  EXPERTFLOW_NO_UNROLL
+  for (;;) {
+    if (num_kept > BlockSelection::kListCapacity) {
+      // Because of equal orders or one crowded bin: what fitted gives a lower bound.
+      limits.has_ceiling = true;
+    } else {
+      num_found += num_kept < wanted ? num_kept : wanted;
+      if (num_kept < wanted || num_found == count) return num_found;
+      limits = {.has_floor = true};
+      least = SortAbove(block, shared, source);
+      wanted = count - num_found < kNumBins ? count - num_found : kNumBins;
+    }
+    num_kept = ListSmallest<true>(block, shared, source, limits, least, wanted,
+                                  shared.victims + num_found, parity);
+  }
+}
+
 // Fills `shared.victims` with the slots of the `count` smallest candidates, in order, and returns
 // how many there are; `count` is at least 1. `least` is the thread's smallest order. Before, the
 // orders of some candidates, best of all, have been shared with ShareLeast and SortLeast, and
 // `shared.num_listed` is 0. All threads may read the result.
+//
+// One list is enough for nearly every plan, so it has code of its own, outside of the loop: out of
+// that, all would be hoisted that any path computes from the candidates.
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectSmallest(Block& block, BlockSelection& shared, Source& source,
                                          uint32_t least, int32_t count) {
+  constexpr int32_t kNumBins = BlockSelection::kNumBins;
   int32_t parity = 0;
-  int32_t num_found = 0;
-  for (;;) {
-    const int32_t rest = count - num_found;
-    const int32_t wanted = rest < BlockSelection::kNumBins ? rest : BlockSelection::kNumBins;
-    const int32_t found = SelectAbove(block, shared, source, num_found > 0, least, wanted,
-                                      shared.victims + num_found, parity);
-    num_found += found;
-    if (found < wanted || num_found == count) return num_found;
-    least = SortAbove(block, shared, source);
-  }
+  const int32_t wanted = count < kNumBins ? count : kNumBins;
+  const int32_t num_kept =
+      ListSmallest<false>(block, shared, source, {}, least, wanted, shared.victims, parity);
+  if (num_kept < wanted) return num_kept;
+  if (num_kept <= BlockSelection::kListCapacity && wanted == count) return count;
+  return SelectMore(block, shared, source, least, count, wanted, num_kept, parity);
 }
 
 }  // namespace expertflow

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "core/host_device.h"
@@ -19,15 +18,7 @@ EXPERTFLOW_HD inline Four<T> ReadFour(const T* array, int32_t first) {
   return *reinterpret_cast<const Four<T>*>(array + first);
 }
 
-// One of the first four, which lie in registers: they have no addresses.
-template <class T, size_t kCount>
-EXPERTFLOW_HD T Pick(const T (&of)[kCount], int32_t k) {
-  const T even = (k & 2) == 0 ? of[0] : of[2];
-  const T odd = (k & 2) == 0 ? of[1] : of[3];
-  return (k & 1) == 0 ? even : odd;
-}
-
-// ReadFour of bytes, as a word whose lowest byte is the first: a kernel takes it apart only where
+// The same of bytes, as a word whose lowest byte is the first: a kernel takes it apart only where
 // it needs them, and does not wait for them before.
 template <class Byte>
 EXPERTFLOW_HD inline uint32_t ReadFourBytes(const Byte* array, int32_t first) {

@@ -33,13 +33,4 @@ EXPERTFLOW_HD inline int32_t CountBits(uint32_t bits) {
 #endif
 }
 
-// Of bits that are not all zero.
-EXPERTFLOW_HD inline int32_t LowestBit(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __ffs(static_cast<int>(bits)) - 1;
-#else
-  return __builtin_ctz(bits);
-#endif
-}
-
 }  // namespace expertflow

@@ -212,8 +212,8 @@ class OwnSlots {
   }
 
   EXPERTFLOW_DEVICE SlotCandidate NeighbourAsCandidate(int32_t tile, int32_t k) const {
-    return {Pick(key_.of, k) + (IsProtected(Pick(order_, k)) ? kProtected : 0), SlotOf(tile, k),
-            2 * Index(Pick(expert_.of, k)) + Unused(k)};
+    return {key_.of[k] + (IsProtected(order_[k]) ? kProtected : 0), SlotOf(tile, k),
+            2 * Index(expert_.of[k]) + Unused(k)};
   }
 
   // Only where there is an order.

@@ -32,6 +32,9 @@ class PrefetchBacklog {
   // `needed_at` is at most kMaxDistance ticks from now.
   void Add(SlotId slot, Tick needed_at);
 
+  // Queued bytes, demands' too, that no decision takes back: all but what waits.
+  size_t settled_bytes();
+
   void Reopen(Tick now);
   // Whether the slot's prefetch, needed at that tick, waits and has not been kept.
   bool IsUndecided(SlotId slot, Tick needed_at) const {
@@ -62,6 +65,8 @@ class PrefetchBacklog {
     uint32_t generation;  // the slot may have been given to another expert since
     Tick needed_at;
   };
+
+  void ForgetSettled();
 
   SlotTableView table_;
   const TransferQueue& queue_;

@@ -32,7 +32,7 @@ struct LayerObservation {
   int32_t num_prefetch_regretted = 0;
   double moved_bytes = 0.0;       // prefetched and demanded
   double bytes_per_second = 0.0;  // of the link; 0: not measured yet
-  double queued_bytes = 0.0;
+  double queued_bytes = 0.0;      // that no decision takes back: PrefetchBacklog::settled_bytes
 };
 
 // Decides which predicted experts to prefetch. For each planned layer:

@@ -86,7 +86,7 @@ int32_t Prefetcher::BeginLayer(LayerObservation measured) {
   measured.num_prefetch_used = counts.used;
   measured.num_prefetch_wasted = counts.wasted;
   measured.num_prefetch_regretted = counts.regretted;
-  measured.queued_bytes = static_cast<double>(queue_.queued_bytes());
+  measured.queued_bytes = static_cast<double>(backlog_.settled_bytes());
   horizon_ = scheduler_.BeginLayer(measured);
   return trial_ ? std::max(horizon_, trial_->horizon()) : horizon_;
 }

@@ -81,9 +81,20 @@ TEST_F(PrefetchBacklogTest, WhatHasBegunIsDecided) {
   EXPECT_THAT(TakeUndecided(), ElementsAre(kB));
 }
 
+TEST_F(PrefetchBacklogTest, SettledIsAllButWhatWaits) {
+  PostAndAdd(kA, 3);
+  PostAndAdd(kB, 4);
+  EXPECT_EQ(backlog_.settled_bytes(), 0U);
+  queue_.Next();
+  EXPECT_EQ(backlog_.settled_bytes(), kExpertBytes - kChunkBytes);
+  Post(kC, 5);
+  EXPECT_EQ(backlog_.settled_bytes(), 2 * kExpertBytes - kChunkBytes) << "somebody else's stays";
+}
+
 TEST_F(PrefetchBacklogTest, WhatADemandTookOverIsNoPrefetch) {
   PostAndAdd(kA, 3);
   queue_.Promote(kA, 3);
+  EXPECT_EQ(backlog_.settled_bytes(), kExpertBytes);
   backlog_.Reopen(3);
   EXPECT_EQ(backlog_.bytes_until(8), 0U);
   EXPECT_THAT(TakeUndecided(), IsEmpty());
@@ -160,13 +171,18 @@ class RandomBacklogTest : public PrefetchBacklogTest {
 
   void DecideAnew() {
     const int64_t before = num_allocations;
+    const size_t settled_bytes = backlog_.settled_bytes();
     backlog_.Reopen(now_);
     EXPECT_EQ(num_allocations, before);
     std::map<SlotId, Transfer> counted;
+    size_t counted_bytes = 0;
     for (const auto& [slot, transfer] : transfers_) {
       EXPECT_EQ(backlog_.IsUndecided(slot, transfer.needed_at), Waits(transfer));
-      if (!Waits(transfer)) counted[slot] = transfer;
+      if (Waits(transfer)) continue;
+      counted[slot] = transfer;
+      counted_bytes += transfer.left_bytes;
     }
+    EXPECT_EQ(settled_bytes, counted_bytes);
     CheckBytes(counted);
     std::vector<SlotId> expected;
     for (const auto& [slot, transfer] : transfers_) {

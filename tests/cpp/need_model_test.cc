@@ -79,7 +79,7 @@ class ReferenceNeedModel {
         label = (window_ - distance + 1) * 32767 / window_;
       }
       const int32_t error = label - steps[past].probabilities[static_cast<size_t>(e)];
-      const int32_t gradient = FloorDivide(error * 8 + (1 << 14), 1 << 15);
+      const int32_t gradient = FloorDivide(error * (kOne / 128) + (1 << 14), 1 << 15);
       for (size_t s = 0; s < steps[past].sources.size(); ++s) {
         const Source& source = steps[past].sources[s];
         if (steps_of_[source.layer].size() - source.num_steps >= num_steps_kept_) continue;
@@ -106,7 +106,7 @@ class ReferenceNeedModel {
       }
       if (num_inputs > nominal) logit = logit * nominal / num_inputs;
       logit += 2 * frequency_[{layer, e}];
-      const double middle = (std::clamp(FloorDivide(logit, 32), -256, 255) + 0.5) / 32;
+      const double middle = (std::clamp(FloorDivide(logit, kOne / 32), -256, 255) + 0.5) / 32;
       now.probabilities.push_back(
           static_cast<int32_t>(std::lround(32767 / (1.0 + std::exp(-middle)))));
       int32_t& score = score_[{layer, e}];

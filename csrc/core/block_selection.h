@@ -9,11 +9,11 @@
 
 // The victims of a plan, found by a block of threads: what Planner::Scan is on the host.
 //
-// Every thread offers the candidates of its own slots. Threads are dealt to bins; the n-th smallest
-// of the bins' minima is a bound that at least n candidates keep, and not many more. Those that
-// keep it go into a short list, where each counts how many are smaller than itself, which is its
-// place in the order. More victims than there are bins take several passes. Until the list, ranks
-// are compared by 32 bits of theirs (OrderOf); the list is exact.
+// Every thread offers the candidates of its own slots. They are dealt to bins; the n-th smallest of
+// the bins' minima is a bound that at least n candidates keep, and not many more. Those that keep
+// it go into a short list, where each counts how many are smaller than itself, which is its place
+// in the order. More victims than there are bins take several passes. Until the list, ranks are
+// compared by 32 bits of theirs (OrderOf); the list is exact.
 //
 // A `Block` is what a CUDA block gives its threads: kWarpSize, thread(), num_threads() (whole
 // warps), Sync(), of a warp Ballot(flag) and OfLane(value, lane), and, atomic, Min(value, other)

@@ -118,9 +118,13 @@ TEST(BlockSelectionTest, TiesGoToTheLowerSlot) {
 }
 
 TEST(BlockSelectionTest, ManyMoreEqualRanksThanTheListHolds) {
-  ExpectAsSorted(std::vector<int64_t>(1000, kEmptyKey), 8);
+  ExpectAsSorted(std::vector<int64_t>(1000, kStreamedKey), 8);
+  ExpectAsSorted(std::vector<int64_t>(1000, kStreamedKey), 20, 64);
+  ExpectAsSorted(std::vector<int64_t>(200, kStreamedKey), 40);  // a later list, too
+}
+
+TEST(BlockSelectionTest, EmptySlotsComeInTheirOrder) {
   ExpectAsSorted(std::vector<int64_t>(1000, kEmptyKey), 20, 64);
-  ExpectAsSorted(std::vector<int64_t>(200, kEmptyKey), 40);  // a later list, too
 }
 
 TEST(BlockSelectionTest, MoreSmallRanksInOneBinThanTheListHolds) {

@@ -19,7 +19,7 @@ LAYERS = {
 # What a layer may use besides the C++ standard library: folders of headers, and headers.
 LIBRARIES = {
     "host": {"sys"},
-    "cuda": {"cuda", "sys"},
+    "cuda": {"sys"},
     "ops": {"torch"},
     "python": {"pybind11"},
 }

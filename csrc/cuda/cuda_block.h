@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cuda/ptx>
 
 #include "core/block_selection.h"
 #include "core/plan_phase.h"
@@ -29,13 +28,27 @@ struct CudaBlock {
   __device__ void Sync() { __syncthreads(); }
   __device__ void SyncWarp() { __syncwarp(); }
   __device__ void Expect(uint64_t& barrier, int32_t num_arrivals) {
-    cuda::ptx::mbarrier_init(&barrier, static_cast<uint32_t>(num_arrivals));
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(InShared(barrier)), "r"(num_arrivals)
+                 : "memory");
   }
-  __device__ void Arrive(uint64_t& barrier) { cuda::ptx::mbarrier_arrive(&barrier); }
+  __device__ void Arrive(uint64_t& barrier) {
+    [[maybe_unused]] uint64_t state;
+    asm volatile("mbarrier.arrive.shared.b64 %0, [%1];"
+                 : "=l"(state)
+                 : "r"(InShared(barrier))
+                 : "memory");
+  }
   __device__ void Await(uint64_t& barrier) {
-    constexpr uint32_t kFirstPhase = 0;
-    while (!cuda::ptx::mbarrier_test_wait_parity(&barrier, kFirstPhase)) {
-    }
+    uint32_t is_complete;
+    do {  // its first phase, number 0
+      asm volatile(
+          "{\n\t.reg .pred complete;\n\t"
+          "mbarrier.test_wait.parity.shared.b64 complete, [%1], 0;\n\t"
+          "selp.b32 %0, 1, 0, complete;\n\t}"
+          : "=r"(is_complete)
+          : "r"(InShared(barrier))
+          : "memory");
+    } while (is_complete == 0);
   }
   __device__ uint32_t Ballot(bool flag) { return __ballot_sync(kAllLanes, flag); }
   __device__ uint32_t OfLane(uint32_t value, int32_t lane) {
@@ -63,6 +76,11 @@ struct CudaBlock {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(&word)),
                  "l"(value)
                  : "memory");
+  }
+
+ private:
+  __device__ static uint32_t InShared(uint64_t& word) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(&word));
   }
 };
 

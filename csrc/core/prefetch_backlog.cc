@@ -17,20 +17,19 @@ void PrefetchBacklog::Add(SlotId slot, Tick needed_at) {
   waiting_.push_back({slot, table_.slot_generation[Index(slot)], needed_at});
 }
 
-void PrefetchBacklog::ForgetSettled() {
-  std::erase_if(waiting_, [this](const Waiting& waiting) {
-    return !queue_.IsWaitingPrefetch(waiting.slot) ||
-           table_.slot_generation[Index(waiting.slot)] != waiting.generation;
-  });
+bool PrefetchBacklog::StillWaits(const Waiting& waiting) const {
+  return queue_.IsWaitingPrefetch(waiting.slot) &&
+         table_.slot_generation[Index(waiting.slot)] == waiting.generation;
 }
 
-size_t PrefetchBacklog::settled_bytes() {
-  ForgetSettled();
-  return queue_.queued_bytes() - waiting_.size() * expert_bytes_;
+size_t PrefetchBacklog::settled_bytes() const {
+  const auto num_waiting = static_cast<size_t>(std::ranges::count_if(
+      waiting_, [this](const Waiting& waiting) { return StillWaits(waiting); }));
+  return queue_.queued_bytes() - num_waiting * expert_bytes_;
 }
 
 void PrefetchBacklog::Reopen(Tick now) {
-  ForgetSettled();
+  std::erase_if(waiting_, [this](const Waiting& waiting) { return !StillWaits(waiting); });
   for (int32_t d = 0; d <= kMaxDistance; ++d) {
     bytes_[static_cast<size_t>(d)] = queue_.prefetch_bytes_until(now + d);
   }

@@ -33,7 +33,7 @@ class PrefetchBacklog {
   void Add(SlotId slot, Tick needed_at);
 
   // Queued bytes, demands' too, that no decision takes back: all but what waits.
-  size_t settled_bytes();
+  size_t settled_bytes() const;
 
   void Reopen(Tick now);
   // Whether the slot's prefetch, needed at that tick, waits and has not been kept.
@@ -66,7 +66,7 @@ class PrefetchBacklog {
     Tick needed_at;
   };
 
-  void ForgetSettled();
+  bool StillWaits(const Waiting& waiting) const;
 
   SlotTableView table_;
   const TransferQueue& queue_;

@@ -13,8 +13,8 @@
 // "PlanPhases" says where the time goes, in clock cycles a layer (see cuda_planner_phases.h):
 // `wait` for the kernel before, `ids` until they are known, experts are scored and the slots of
 // other layers are ranked, `rank` of the rest, `count` of hits and misses, `select` the victims,
-// `finish` the stores. `sum` is all but the wait; what us_per_layer has above it is
-// the end of a kernel and the start of the next, and what learns.
+// `finish` the stores. `sum` is all but the wait; what us_per_layer has above it is the end of a
+// kernel and the start of the next, and what learns.
 
 #include <benchmark/benchmark.h>
 #include <cuda_runtime_api.h>

@@ -30,7 +30,7 @@ EXPERTFLOW_HD inline int32_t NumScoresWords(const NeedState& model) {
 //
 // The plan waits for it. What can be known before the layer routes is known already, if the block
 // learned after the plan of the layer before (core/block_need_ahead.h), and is found out here
-// otherwise. The weights of what is routed now are in shared memory by then.
+// otherwise. The weights of what is routed now are in shared memory by then, if they fit.
 template <class Block>
 class BlockNeedScores {
  public:
@@ -165,7 +165,8 @@ class BlockNeedScores {
     state_.observed[e] = {score, is_routed ? 1 : 0};
   }
 
-  // What SumNeedsAhead does, for one expert. Seldom: short rather than fast.
+  // What SumNeedsAhead does, for one expert. Seldom, and the block waits for instructions that lie
+  // between others: short rather than fast. With IsThisStep and AddLatestWeights it has 150 more.
   EXPERTFLOW_DEVICE NeedAhead FindOut(int32_t e) const {
     NeedAhead ahead{0, 0, RestOfScore(model_, layer_, e), layer_};
     EXPERTFLOW_NO_UNROLL

@@ -17,20 +17,22 @@
 
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
-// WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
-// SyncWarp(), a barrier for some threads, which one sets up with Expect(word, num_arrivals) before
-// Sync(), to Arrive(word) and to Await(word) once, CopyAsync(to, from), of one or four words into
-// shared memory, for which WaitForCopies() waits, Release(word, value), which lets the host see
-// `value` only after all that the block wrote before, and Mark(phase), which says that a phase has
-// ended.
+// - WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
+// - SyncWarp(),
+// - a barrier of one use for some threads: one thread calls Expect(word, num_arrivals) before a
+//   Sync(), behind which so many threads call Arrive(word) and any may call Await(word),
+// - CopyAsync(to, from), of one or four words into shared memory, for which WaitForCopies() waits,
+// - Release(word, value), which lets the host see `value` after all that the block wrote before,
+// - Mark(phase), which says that a phase has ended.
 //
 // A block on one multiprocessor waits for latency, so the chain is kept short: one round trip for
-// the ids, the tick, every slot and what a policy that learns knows of the experts, and five
-// barriers. Other warps have the layer's experts than have slots. Whether a
-// routed expert is resident is told by the thread that has its slot (`slot_expert` and
-// `expert_slot` say the same), so no thread follows a chain of loads from the expert to its slot.
-// Rows that are resident and rows that are missing are finished by different warps, at the same
-// time. What a policy records is left to a kernel behind (core/block_need_learner.h).
+// the ids, the tick, every slot and what a policy that learns knows of the experts, for the others
+// one more, beside the ranks of slots, for the rows' own keys; and five barriers. If experts are
+// scored, other warps have them than have slots, where there are threads enough. Whether a routed
+// expert is resident is told by the thread that has its slot (`slot_expert` and `expert_slot` say
+// the same), so no thread follows a chain of loads from the expert to its slot. Rows that are
+// resident and rows that are missing are finished by different warps, at the same time. What a
+// policy records is left to a kernel behind (core/block_need_learner.h).
 
 namespace expertflow {
 
@@ -124,7 +126,9 @@ class BlockPlanner {
     }
     if (has_id_) shared_.residence[thread_] = Residence::kMissing;
     if constexpr (kLearns) {
-      if (thread_ < request_.ids.count + decltype(need_)::kAtOnce && thread_ < kMaxRoutedIds) {
+      constexpr int32_t kAtOnce = decltype(need_)::kAtOnce;
+      static_assert(Block::kWarpSize % kAtOnce == 0 && kMaxRoutedIds % kAtOnce == 0);
+      if (thread_ < request_.ids.count + kAtOnce && thread_ < kMaxRoutedIds) {
         shared_.routed[thread_] = 0;
       }
     }
@@ -204,7 +208,8 @@ class BlockPlanner {
     if (expert_ >= 0) key_ = Policy::KeyOnUse(planning_.eviction, key_, now_);
   }
 
-  // The same of a used expert: what learns has it in shared memory, others have computed it early.
+  // The same of any used expert: what learns has it in shared memory, or, where the plan comes
+  // again, in the table; others have computed it early.
   EXPERTFLOW_DEVICE int64_t UsedKey(int32_t expert, int64_t computed) const {
     if constexpr (kLearns) {
       const int64_t key = has_observed_ ? PredictedNeed::KeyOf(need_.scores()[expert])

@@ -293,8 +293,8 @@ EXPERTFLOW_DEVICE int32_t SelectMore(Block& block, BlockSelection& shared, Sourc
 // orders of some candidates, best of all, have been shared with ShareLeast and SortLeast, and
 // `shared.num_listed` is 0. All threads may read the result.
 //
-// One list is enough for nearly every plan, so it has code of its own, outside of the loop: out of
-// that, all would be hoisted that any path computes from the candidates.
+// Nearly every plan needs one list only. It stands outside the loop of the others: out of that, the
+// compiler hoists what only their limits need.
 template <class Block, class Source>
 EXPERTFLOW_DEVICE int32_t SelectSmallest(Block& block, BlockSelection& shared, Source& source,
                                          uint32_t least, int32_t count) {

@@ -14,10 +14,10 @@ namespace expertflow {
 //
 // All of it is measured while running. Bytes of prefetches that may be taken back do not count as
 // queued: there are the more of them the longer the horizon is, so on a full link it would grow for
-// having grown. The burst is the 95th percentile of the experts that a layer
-// has to fetch, at least 1: fetched in time or not, so that a prefetch that works does not shorten
-// the horizon it works at. Looking no farther than the lead is worth more than it seems: a nearer
-// prediction is a better one, and what is prefetched early holds a slot for longer.
+// having grown. The burst is the 95th percentile of the experts that a layer has to fetch, at least
+// 1: fetched in time or not, so that a prefetch that works does not shorten the horizon it works
+// at. Looking no farther than the lead is worth more than it seems: a nearer prediction is a better
+// one, and what is prefetched early holds a slot for longer.
 //
 // The boost is feedback, and may be negative. While layers wait for more than a small part of the
 // compute time, one layer more, or one less, is tried in a duel: blocks of layers run in turn with

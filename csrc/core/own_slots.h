@@ -267,8 +267,8 @@ class OwnSlots {
   Four<ExpertIndex> expert_{};
   uint32_t states_ = 0;
   uint32_t unused_ = 0;
-  uint32_t order_[kPerTile] = {kNoOrder, kNoOrder, kNoOrder, kNoOrder,
-                               kNoOrder};  // not to be taken
+  // At first, and where it is kNoOrder: not to be taken.
+  uint32_t order_[kPerTile] = {kNoOrder, kNoOrder, kNoOrder, kNoOrder, kNoOrder};
 };
 
 }  // namespace expertflow

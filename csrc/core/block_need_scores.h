@@ -44,8 +44,8 @@ class BlockNeedScores {
       : block_(block),
         state_(state),
         model_(state.model),
-        copied_(shared_words),
-        scores_(copied_ + NumCopiedWords(state.model)),
+        copied_(reinterpret_cast<int16_t*>(shared_words)),
+        scores_(shared_words + NumCopiedWords(state.model)),
         weights_(state.model.Weights(state.model.WeightRow(layer, 0, 0))),
         layer_(layer),
         first_expert_(first_expert),
@@ -55,12 +55,12 @@ class BlockNeedScores {
   // writes them. If the last lesson was that of the layer before, it had waited for all earlier
   // ones before it let this kernel start; if not, the copy is not used, see Observe.
   EXPERTFLOW_DEVICE void CopyWeights() {
-    const int32_t num_words = NumCopiedWords(model_);
-    const auto* words = reinterpret_cast<const int32_t*>(weights_);
+    const int32_t num_eights = NumCopiedWords(model_) / 4;
+    auto* to = reinterpret_cast<EightWeights*>(copied_);
+    const auto* from = reinterpret_cast<const EightWeights*>(weights_);
     EXPERTFLOW_NO_UNROLL
-    for (int32_t i = 4 * block_.thread(); i < num_words; i += 4 * block_.num_threads()) {
-      block_.CopyAsync(*reinterpret_cast<Four<int32_t>*>(copied_ + i),
-                       *reinterpret_cast<const Four<int32_t>*>(words + i));
+    for (int32_t i = block_.thread(); i < num_eights; i += block_.num_threads()) {
+      block_.CopyAsync(to[i], from[i]);
     }
   }
 
@@ -106,6 +106,10 @@ class BlockNeedScores {
   }
 
  private:
+  struct alignas(16) EightWeights {  // copied at once
+    int16_t of[8];
+  };
+
   // Whether one of the warp's experts exists of which this thread's is `e`.
   EXPERTFLOW_DEVICE bool IsOfWarp(int32_t e) const {
     return e / Block::kWarpSize * Block::kWarpSize < model_.num_experts;
@@ -115,7 +119,6 @@ class BlockNeedScores {
   // source. Of few layers, some sources behind are the same step. Called by whole warps.
   EXPERTFLOW_DEVICE void AddRouted(WeightSum& to, bool is_copied, int32_t e, const int32_t* routed,
                                    int32_t num_ids, const int32_t* first_of_expert) {
-    const auto* copied = reinterpret_cast<const int16_t*>(copied_);
     const int32_t lane = block_.thread() % Block::kWarpSize;
     EXPERTFLOW_NO_UNROLL
     for (int32_t first = 0; first < num_ids; first += Block::kWarpSize) {
@@ -126,7 +129,7 @@ class BlockNeedScores {
       EXPERTFLOW_NO_UNROLL
       for (int32_t i = 0; i < end; i += kAtOnce) {
         // Not one call with either pointer: that would have no address space.
-        to.sum += is_copied ? SumRows(copied, e, routed + first + i, rows >> i)
+        to.sum += is_copied ? SumRows(copied_, e, routed + first + i, rows >> i)
                             : SumRows(weights_, e, routed + first + i, rows >> i);
       }
       to.num_inputs += CountBits(rows);
@@ -186,7 +189,7 @@ class BlockNeedScores {
   Block& block_;
   const BlockNeedState& state_;
   const NeedState& model_;
-  int32_t* const copied_;         // [NumCopiedWords(model)]
+  int16_t* const copied_;         // [num_experts * width], or none
   int32_t* const scores_;         // [num_experts]
   const int16_t* const weights_;  // of what is routed now, the layer's first row
   const int32_t layer_;

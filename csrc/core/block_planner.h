@@ -4,6 +4,8 @@
 #include <type_traits>
 
 #include "core/block_need_scores.h"
+#include "core/block_plan_writer.h"
+#include "core/block_planner_shared.h"
 #include "core/block_selection.h"
 #include "core/eviction/decayed_frequency.h"
 #include "core/host_device.h"
@@ -36,30 +38,6 @@
 
 namespace expertflow {
 
-// Lies in the shared memory of the block.
-struct BlockPlannerShared {
-  BlockSelection selection;
-  alignas(16) int32_t routed[kMaxRoutedIds];  // experts, by place in the routed ids
-  int32_t residence[kMaxRoutedIds];           // by place in the routed ids, see Residence
-  struct MissingRow {
-    int64_t key;
-    int32_t expert;
-  } missing[kMaxRoutedIds];
-  int32_t num_bad_ids;
-  uint64_t ids_known;  // a barrier of the block
-  int32_t log2_table[DecayedFrequency::kTableSize];
-  volatile int32_t fetched;  // of the kernel's parameters; means nothing
-};
-
-// Words of shared memory that the planner needs beside.
-EXPERTFLOW_HD inline int32_t NumPlannerWords(const PlanningView& planning) {
-  constexpr auto kWordsOfSlot = static_cast<int32_t>(sizeof(SlotOfLayer) / sizeof(int32_t));
-  const int32_t num_experts = planning.table.num_experts;
-  const int32_t num_words = (kWordsOfSlot + 1) * num_experts;
-  if (planning.policy != PolicyKind::kPredictedNeed) return num_words;
-  return num_words + NumScoresWords(planning.need.model);
-}
-
 // kOneTile: as IsOneTile (core/own_slots.h) says; a kernel of less code, which takes less time.
 template <class Policy, class Block, bool kOneTile>
 class BlockPlanner {
@@ -69,12 +47,11 @@ class BlockPlanner {
                                  const PlanningView& planning, const LayerPlanRequest& request)
       : block_(block),
         shared_(shared),
-        of_layer_(reinterpret_cast<SlotOfLayer*>(shared_words)),
-        for_need_(reinterpret_cast<int32_t*>(of_layer_ + planning.table.num_experts)),
-        first_of_expert_(for_need_ + (kLearns ? NumScoresWords(planning.need.model) : 0)),
-        need_(block, for_need_, planning.need, request.layer,
-              FirstExpertOf(block.thread(), block.num_threads())),
         planning_(planning),
+        of_layer_(reinterpret_cast<SlotOfLayer*>(shared_words)),
+        first_of_expert_(BehindSlots() + (kLearns ? NumScoresWords(planning.need.model) : 0)),
+        need_(block, BehindSlots(), planning.need, request.layer,
+              FirstExpertOf(block.thread(), block.num_threads())),
         request_(request),
         thread_(block.thread()) {}
 
@@ -106,7 +83,7 @@ class BlockPlanner {
     block_.Mark(PlanPhase::kCounted);
     const LayerPlanStatus status = TakeSlots(own, least);
     block_.Mark(PlanPhase::kSelected);
-    Finish(status);
+    Write(status);
     block_.Mark(PlanPhase::kDone);
   }
 
@@ -117,6 +94,11 @@ class BlockPlanner {
     EXPERTFLOW_DEVICE explicit NoModel(Anything&&...) {}
   };
   using Slots = OwnSlots<Policy, Block, kOneTile>;
+
+  EXPERTFLOW_DEVICE int32_t* BehindSlots() const {
+    return reinterpret_cast<int32_t*>(of_layer_ + planning_.table.num_experts);
+  }
+
   // Reads nothing that the kernel before writes.
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL
@@ -229,139 +211,28 @@ class BlockPlanner {
                                           : LayerPlanStatus::kPlanned;
   }
 
-  // Hits, then late hits, then misses, each in order of first appearance.
-  EXPERTFLOW_DEVICE void Finish(LayerPlanStatus status) {
-    const bool planned = status == LayerPlanStatus::kPlanned;
-    const int32_t miss = block_.num_threads() - 1 - thread_;  // from the last warp on
-    const PlanRow resident = ResidentRow();
-    const bool has_miss = planned && miss < rows_.total.misses;
-    const PlanRow missing = has_miss ? MissingRow(miss) : PlanRow{};
-    Occupant evicted{};
-    if (has_miss) evicted = Slots::OccupantOf(shared_.selection.victims[miss].held);
-    if (planned && rows_.own >= 0) {
-      const bool hit = resident.state == RowState::kHit;
-      WriteRow(hit ? rows_.before.hits : rows_.total.hits + rows_.before.loading, resident);
-    }
-    if (has_miss) WriteRow(rows_.total.hits + rows_.total.loading + miss, missing);
-    WriteHeaders(status);
-    if (planned) {
-      if constexpr (std::is_same_v<Policy, OnDemand>) {
-        DropAllReady();
-        evicted = {};
-      }
-      if (has_miss) {
-        PlaceMissing(missing, evicted, UsedKey(missing.expert, shared_.missing[miss].key));
-      }
-      if (rows_.own >= 0) {
-        RecordUse(planning_, resident.slot, ToIndex(resident.expert), UsedKey(expert_, key_), now_,
-                  /*streaming=*/false);
-      }
-      if (thread_ == Bookkeeper()) Count();
-    }
+  EXPERTFLOW_DEVICE void Write(LayerPlanStatus status) {
+    using Writer = BlockPlanWriter<Policy, Block>;
+    Writer(block_, shared_, planning_, request_, clock_, rows_)
+        .Write(status, expert_, key_,
+               [this](int32_t expert, int64_t computed) { return UsedKey(expert, computed); });
     if constexpr (kLearns) {
-      if (thread_ == Bookkeeper() && status != LayerPlanStatus::kBadExpertId) {
+      if (thread_ == Writer::Bookkeeper(block_) && status != LayerPlanStatus::kBadExpertId) {
         need_.NoteOutcome(has_observed_, status == LayerPlanStatus::kNeedsWaves, now_);
       }
     }
-  }
-
-  EXPERTFLOW_DEVICE PlanRow ResidentRow() const {
-    const RowState state = Residence::InFlight(rows_.own) ? RowState::kLoading : RowState::kHit;
-    return {expert_, Residence::Slot(rows_.own), state, 0, kNoRow};
-  }
-
-  EXPERTFLOW_DEVICE PlanRow MissingRow(int32_t miss) const {
-    return {shared_.missing[miss].expert, static_cast<SlotId>(shared_.selection.victims[miss].slot),
-            RowState::kMiss, 0, kNoRow};
-  }
-
-  EXPERTFLOW_DEVICE void WriteRow(int32_t number, const PlanRow& row) {
-    request_.plan->rows[number] = row;
-    if (request_.host_plan != nullptr) request_.host_plan->rows[number] = row;
-  }
-
-  // What the host sees of the plan is complete when the sequence number says so.
-  EXPERTFLOW_DEVICE void WriteHeaders(LayerPlanStatus status) {
-    if (thread_ == Bookkeeper()) {
-      WriteHeader(*request_.plan, status);
-      request_.plan->sequence = request_.clock->sequence = clock_.sequence + 1;
-      if (request_.host_plan != nullptr) WriteHeader(*request_.host_plan, status);
-    }
-    if (request_.host_plan == nullptr) return;
-    block_.Sync();
-    // Takes about as long as all the rest.
-    if (thread_ == Bookkeeper()) {
-      block_.Release(request_.host_plan->sequence, clock_.sequence + 1);
-    }
-  }
-
-  EXPERTFLOW_DEVICE void WriteHeader(LayerPlan& plan, LayerPlanStatus status) const {
-    const bool planned = status == LayerPlanStatus::kPlanned;
-    plan.tick = now_;
-    plan.status = status;
-    plan.layer = request_.layer;
-    plan.num_rows = planned ? rows_.total.rows() : 0;
-    plan.num_hits = planned ? rows_.total.hits : 0;
-    plan.num_loading = planned ? rows_.total.loading : 0;
-  }
-
-  // In all of the table, whatever the scope. Some states are read at once.
-  EXPERTFLOW_DEVICE void DropAllReady() {
-    constexpr int32_t kAtOnce = 4;
-    const int32_t num_threads = block_.num_threads();
-    EXPERTFLOW_NO_UNROLL
-    for (int32_t first = thread_; first < planning_.table.num_slots;
-         first += kAtOnce * num_threads) {
-      bool ready[kAtOnce];
-      EXPERTFLOW_UNROLL
-      for (int32_t k = 0; k < kAtOnce; ++k) {
-        const int32_t s = first + k * num_threads;
-        ready[k] =
-            s < planning_.table.num_slots && planning_.table.slot_state[s] == SlotState::kReady;
-      }
-      EXPERTFLOW_UNROLL
-      for (int32_t k = 0; k < kAtOnce; ++k) {
-        const auto slot = static_cast<SlotId>(first + k * num_threads);
-        if (ready[k]) DropIfReady(planning_, slot, Adder());
-      }
-    }
-    block_.Sync();
-  }
-
-  EXPERTFLOW_DEVICE void PlaceMissing(const PlanRow& row, const Occupant& evicted, int64_t key) {
-    PlaceMiss(planning_, row.slot, evicted, ToIndex(row.expert), key, now_,
-              /*streaming=*/false, Adder());
-    if (request_.fetch == MissFetch::kSameStream) {
-      planning_.table.slot_state[Index(row.slot)] = SlotState::kReady;
-    }
-  }
-
-  EXPERTFLOW_DEVICE void Count() {
-    request_.clock->now = now_;
-    LayerStatistics& counts = planning_.statistics[request_.layer];
-    Adder()(counts.hits, int64_t{rows_.total.hits});
-    Adder()(counts.late_hits, int64_t{rows_.total.loading});
-    Adder()(counts.misses, int64_t{rows_.total.misses});
-  }
-
-  EXPERTFLOW_DEVICE auto Adder() {
-    return [this](auto& counter, auto amount) { block_.Add(counter, amount); };
   }
 
   EXPERTFLOW_DEVICE ExpertIndex ToIndex(int32_t expert) const {
     return expertflow::ToIndex(planning_.table, {request_.layer, expert});
   }
 
-  // A thread of a warp that has few rows to finish, or none.
-  EXPERTFLOW_DEVICE int32_t Bookkeeper() const { return block_.num_threads() / 2; }
-
   Block& block_;
   BlockPlannerShared& shared_;
+  PlanningView planning_;
   SlotOfLayer* const of_layer_;     // [num_experts]
-  int32_t* const for_need_;         // [NumScoresWords(model)]
   int32_t* const first_of_expert_;  // [num_experts]
   std::conditional_t<kLearns, BlockNeedScores<Block>, NoModel> need_;
-  PlanningView planning_;
   const LayerPlanRequest& request_;
   const int32_t thread_;
 

@@ -4,12 +4,12 @@
 #include <limits>
 #include <type_traits>
 
-#include "core/block_selection.h"
 #include "core/four.h"
 #include "core/host_device.h"
 #include "core/ids.h"
 #include "core/plan_rows.h"
 #include "core/planning.h"
+#include "core/slot_order.h"
 #include "core/slot_table.h"
 
 namespace expertflow {
@@ -46,6 +46,11 @@ struct alignas(16) SlotOfLayer {
   EXPERTFLOW_HD int32_t slot() const { return Index(Residence::Slot(residence())); }
   EXPERTFLOW_HD int32_t unused() const { return bits & 1; }
 };
+
+// What is in the slot of a SlotCandidate that says `held`.
+EXPERTFLOW_HD inline Occupant OccupantOf(int32_t held) {
+  return {static_cast<ExpertIndex>(held >> 1), (held & 1) != 0};
+}
 
 // The slots of one thread: some neighbours, read at once, and those that hold the thread's experts
 // of the layer, once their own threads have told it. A tile of them is held in registers; only what
@@ -133,11 +138,6 @@ class OwnSlots {
         return k < kNeighbours ? NeighbourAsCandidate(tile, k) : ExpertAsCandidate(tile);
       });
     }
-  }
-
-  // What a SlotCandidate of these slots says of its slot.
-  EXPERTFLOW_DEVICE static Occupant OccupantOf(int32_t held) {
-    return {static_cast<ExpertIndex>(held >> 1), (held & 1) != 0};
   }
 
  private:

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <stdexcept>
+#include <string>
 
 #include "core/eviction/decayed_frequency.h"
 #include "cuda/cuda_error.h"
@@ -42,7 +43,10 @@ DevicePlanner::DevicePlanner(int32_t num_layers, int32_t num_experts, int32_t nu
 
 void DevicePlanner::PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* plan,
                               LayerPlan* host_plan, MissFetch fetch, cudaStream_t stream) {
-  if (must_learn_) throw std::logic_error("Learn was not called after the last plan");
+  if (unlearned_layer_) {
+    throw std::logic_error("Learn was not called after the last plan, of layer " +
+                           std::to_string(*unlearned_layer_));
+  }
   LaunchPlanLayer(planning_,
                   {.layer = layer,
                    .ids = ids,
@@ -51,12 +55,17 @@ void DevicePlanner::PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* pl
                    .plan = plan,
                    .host_plan = host_plan},
                   stream);
-  must_learn_ = need_ != nullptr;
+  if (need_ != nullptr) unlearned_layer_ = layer;
 }
 
 void DevicePlanner::Learn(int32_t layer, cudaStream_t stream) {
-  if (need_ != nullptr) LaunchLearnNeeds(planning_, layer, stream);
-  must_learn_ = false;
+  if (need_ == nullptr) return;
+  if (unlearned_layer_ && unlearned_layer_ != layer) {
+    throw std::logic_error("cannot learn from layer " + std::to_string(layer) +
+                           ": the last plan was of layer " + std::to_string(*unlearned_layer_));
+  }
+  LaunchLearnNeeds(planning_, layer, stream);
+  unlearned_layer_.reset();
 }
 
 std::vector<LayerStatistics> DevicePlanner::ReadStatistics() const {

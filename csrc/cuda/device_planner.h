@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/layer_plan.h"
@@ -28,12 +29,13 @@ class DevicePlanner {
   // Enqueues one plan, see LaunchPlanLayer; also into a graph that is being captured. `plan` lies
   // in device memory, `host_plan` (or nullptr) in mapped host memory; both must stay while the
   // launch, or the graph, is in use. Throws std::logic_error if the policy learns and has not
-  // learned from the plan before.
+  // learned from the plan before. Of such a policy, `expert_key` in the table follows with Learn.
   void PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* plan, LayerPlan* host_plan,
                  MissFetch fetch, cudaStream_t stream);
 
-  // Enqueues what the policy records of the layer's last plan and learns from it, see
-  // LaunchLearnNeeds; nothing for a policy that does not learn. To be called after every plan.
+  // Enqueues what the policy records of the last plan, which was of `layer`, and learns from it,
+  // see LaunchLearnNeeds; nothing for a policy that does not learn. To be called after every plan.
+  // Throws std::logic_error if the last plan was of another layer.
   void Learn(int32_t layer, cudaStream_t stream);
 
   DeviceSlotTable& table() { return table_; }
@@ -54,7 +56,7 @@ class DevicePlanner {
   PlanClock* clock_;
   std::unique_ptr<DeviceNeedState> need_;  // of PolicyKind::kPredictedNeed
   PlanningView planning_;
-  bool must_learn_ = false;  // before the next plan
+  std::optional<int32_t> unlearned_layer_;  // to be learned from before the next plan
 };
 
 }  // namespace expertflow

@@ -46,7 +46,11 @@ inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t 
                               std::to_string(value) + ": the limit is " + std::to_string(limit));
 }
 
-// Shared memory for copies of weights, for which a kernel may have more than others.
+// What a kernel that copies weights may have beside its variables, on any device of compute
+// capability 8.0 and up: room for all copies that NumCopiedWords allows, and for their experts.
+constexpr int kMaxSharedBytes = 72 * 1024;
+
+// Shared memory for copies of weights, which comes on top of what other kernels have.
 inline size_t CopiedBytes(const PlanningView& planning) {
   if (planning.policy != PolicyKind::kPredictedNeed) return 0;
   return sizeof(int32_t) * static_cast<size_t>(NumCopiedWords(planning.need.model));
@@ -101,8 +105,10 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
         is_one_tile ? reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, true>)
                     : reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, false>);
     if (planning.policy == PolicyKind::kPredictedNeed) {
+      // Not `shared_bytes`: the limit is the kernel's, and must hold for launches of other planners
+      // and for graphs that are instantiated later.
       EXPERTFLOW_CUDA_CHECK(cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
     }
     void* arguments[] = {const_cast<PlanningView*>(&planning),
                          const_cast<LayerPlanRequest*>(&request), &block};

@@ -5,12 +5,15 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/block_need_learner.h"
@@ -39,13 +42,56 @@ class HostNeedState {
             ahead_.data(),   observed_.data(),     &outcome_};
   }
 
+  // Does `change`, and keeps what was there before.
+  template <class Change>
+  void Write(const Change& change) {
+    other_ = Everything();
+    change();
+  }
+
+  // Takes back what the last Write changed, or does it again.
+  void Exchange() {
+    if (other_.empty()) return;
+    std::vector<std::byte> current = Everything();
+    auto from = other_.cbegin();
+    ForEach([&](auto* array, size_t num_bytes) {
+      std::copy_n(from, num_bytes, reinterpret_cast<std::byte*>(array));
+      from += static_cast<ptrdiff_t>(num_bytes);
+    });
+    other_ = std::move(current);
+  }
+
  private:
+  // Calls visit(array, its bytes) for all that kernels write.
+  template <class Visit>
+  void ForEach(const Visit& visit) {
+    NeedState state = arrays_.state();
+    NeedArrays::ForEach(state, [&]<class T>(T* array, size_t num_bytes) {
+      if constexpr (!std::is_const_v<T>) visit(array, num_bytes);
+    });
+    visit(latest_count_.data(), latest_count_.size() * sizeof latest_count_[0]);
+    visit(latest_.data(), latest_.size() * sizeof latest_[0]);
+    visit(ahead_.data(), ahead_.size() * sizeof ahead_[0]);
+    visit(observed_.data(), observed_.size() * sizeof observed_[0]);
+    visit(&outcome_, sizeof outcome_);
+  }
+
+  std::vector<std::byte> Everything() {
+    std::vector<std::byte> bytes;
+    ForEach([&](const auto* array, size_t num_bytes) {
+      const auto* first = reinterpret_cast<const std::byte*>(array);
+      bytes.insert(bytes.end(), first, first + num_bytes);
+    });
+    return bytes;
+  }
+
   NeedArrays arrays_;
   std::vector<int32_t> latest_count_;
   std::vector<int32_t> latest_;
   std::vector<NeedAhead> ahead_;
   std::vector<NeedObserved> observed_;
   NeedOutcome outcome_;
+  std::vector<std::byte> other_;  // Everything() as it was before the last change, or after
 };
 
 // The planner kernel on the CPU, with a table of its own.
@@ -74,13 +120,18 @@ class CpuBlockPlanner {
       int32_t* words = SharedWords(NumPlannerWords(planning_));
       const int32_t num_threads = NumThreads(request.ids.count);
       const bool is_one_tile = IsOneTile(planning_, layer, num_threads);
-      RunHostBlock(num_threads, [&](HostBlock& block) {
-        const auto run = [&]<bool kOneTile>(std::bool_constant<kOneTile>) {
-          BlockPlanner<Policy, HostBlock, kOneTile>(block, *shared_, words, planning_, request)
-              .Run();
-        };
-        is_one_tile ? run(std::true_type()) : run(std::false_type());
-      });
+      // The last lesson may still run when the plan begins.
+      need_.Exchange();
+      RunHostBlock(
+          num_threads,
+          [&](HostBlock& block) {
+            const auto run = [&]<bool kOneTile>(std::bool_constant<kOneTile>) {
+              BlockPlanner<Policy, HostBlock, kOneTile>(block, *shared_, words, planning_, request)
+                  .Run();
+            };
+            is_one_tile ? run(std::true_type()) : run(std::false_type());
+          },
+          [this] { need_.Exchange(); });
     });
     ExpectEqualPlans(host_plan_, plan_);
     if (planning_.policy == PolicyKind::kPredictedNeed) Learn(layer);
@@ -97,10 +148,12 @@ class CpuBlockPlanner {
     const NeedState& model = planning_.need.model;
     int32_t* words = SharedWords(NumLearnerWords(model.num_experts, model.width));
     BlockLearnerShared shared;
-    RunHostBlock(kNumThreads, [&](HostBlock& block) {
-      BlockNeedLearner<HostBlock>(block, shared, words, planning_.need, planning_.table.expert_key,
-                                  layer)
-          .Learn();
+    need_.Write([&] {
+      RunHostBlock(kNumThreads, [&](HostBlock& block) {
+        BlockNeedLearner<HostBlock>(block, shared, words, planning_.need,
+                                    planning_.table.expert_key, layer)
+            .Learn();
+      });
     });
   }
 

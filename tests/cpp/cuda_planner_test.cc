@@ -194,6 +194,17 @@ TEST_F(PlannerKernelRefusalTest, APlanThatNothingWasLearnedFromIsTheLast) {
   EXPECT_NO_THROW(enqueue(1));
 }
 
+TEST_F(PlannerKernelRefusalTest, OnlyTheLayerThatWasPlannedIsLearnedFrom) {
+  const PlannerConfig config{.top_k = 2, .expert_bytes = 1, .policy = PolicyKind::kPredictedNeed};
+  DevicePlanner planner(2, 8, 6, config);
+  DeviceIds ids;
+  DeviceMemory plan(sizeof(LayerPlan), "a plan");
+  planner.PlanLayer(0, ids.Put({1, 2}, false), reinterpret_cast<LayerPlan*>(plan.data()), nullptr,
+                    MissFetch::kTransfer, nullptr);
+  EXPECT_THROW(planner.Learn(1, nullptr), std::logic_error);
+  EXPECT_NO_THROW(planner.Learn(0, nullptr)) << "the record was lost";
+}
+
 struct DestroyGraph {
   void operator()(cudaGraph_t graph) const { EXPERTFLOW_CUDA_WARN(cudaGraphDestroy(graph)); }
   void operator()(cudaGraphExec_t graph) const {
@@ -203,67 +214,124 @@ struct DestroyGraph {
 using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
 
+template <class Enqueue>
+Graph Capture(const CudaStream& stream, const Enqueue& enqueue) {
+  cudaGraph_t graph;
+  EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeRelaxed));
+  enqueue();
+  EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream.get(), &graph));
+  return Graph(graph);
+}
+
+GraphExec Instantiate(const Graph& graph) {
+  cudaGraphExec_t exec;
+  EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&exec, graph.get(), 0));
+  return GraphExec(exec);
+}
+
+// The ids of a layer each, in memory that graphs read.
+class StepIds {
+ public:
+  explicit StepIds(const Shape& shape)
+      : shape_(shape), ids_(static_cast<size_t>(shape.num_layers)) {
+    Draw();
+  }
+
+  void Draw() {
+    routed_.clear();
+    for (DeviceIds& of_layer : ids_) {
+      std::vector<int64_t> values(static_cast<size_t>(shape_.top_k));
+      for (int64_t& id : values) id = static_cast<int64_t>(random_() % Experts());
+      routed_.push_back(of_layer.Put(values, false));
+    }
+  }
+
+  const RoutedIds& of_layer(int32_t layer) const { return routed_[static_cast<size_t>(layer)]; }
+
+ private:
+  uint64_t Experts() const { return static_cast<uint64_t>(shape_.num_experts); }
+
+  const Shape shape_;
+  std::vector<DeviceIds> ids_;
+  std::vector<RoutedIds> routed_;
+  std::mt19937_64 random_{1};
+};
+
 // A policy, and how many tokens.
 class PlannerKernelGraphTest : public CudaTest,
-                               public testing::WithParamInterface<std::tuple<PolicyKind, int>> {};
-
-// A graph of one decode step, replayed with other ids in the same memory, decides as single
-// launches do, and every replay has its own ticks.
-TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
-  constexpr Shape kShape{6, 32, 4, 40};
-  const auto [policy, num_tokens] = GetParam();
-  const PlannerConfig config{.top_k = kShape.top_k, .expert_bytes = 1, .policy = policy};
-  DevicePlanner replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
-  DevicePlanner launched(kShape.num_layers, kShape.num_experts, kShape.num_slots, config);
-  std::vector<DeviceIds> ids(kShape.num_layers);
-  DeviceMemory plan(sizeof(LayerPlan), "a plan");
-  CudaStream stream;
-  const auto enqueue_step = [&](DevicePlanner& planner, const std::vector<RoutedIds>& routed) {
-    for (int32_t layer = 0; layer < kShape.num_layers; ++layer) {
-      planner.PlanLayer(layer, routed[static_cast<size_t>(layer)],
-                        reinterpret_cast<LayerPlan*>(plan.data()), nullptr, MissFetch::kSameStream,
-                        stream.get());
-      planner.Learn(layer, stream.get());
-    }
-  };
-  std::mt19937_64 random(1);
-  const auto next_ids = [&] {
-    std::vector<RoutedIds> routed;
-    for (DeviceIds& of_layer : ids) {
-      std::vector<int64_t> values(kShape.top_k);
-      for (int64_t& id : values) id = static_cast<int64_t>(random() % kShape.num_experts);
-      routed.push_back(of_layer.Put(values, false));
-    }
-    return routed;
-  };
-
-  const std::vector<RoutedIds> captured = next_ids();
-  cudaGraph_t graph_handle;
-  EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeRelaxed));
-  enqueue_step(replayed, captured);
-  EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream.get(), &graph_handle));
-  const Graph graph(graph_handle);
-  cudaGraphExec_t exec_handle;
-  EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&exec_handle, graph.get(), 0));
-  const GraphExec exec(exec_handle);
-
-  SlotTable of_replayed(kShape.num_layers, kShape.num_experts, kShape.num_slots);
-  SlotTable of_launched(kShape.num_layers, kShape.num_experts, kShape.num_slots);
-  for (int token = 0; token < num_tokens; ++token) {
-    SCOPED_TRACE("token " + std::to_string(token));
-    EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(exec.get(), stream.get()));
-    stream.Synchronize();
-    const LayerPlan last_replayed = CopyOut(plan);
-    enqueue_step(launched, captured);
-    stream.Synchronize();
-    ExpectEqualPlans(last_replayed, CopyOut(plan));
-    replayed.table().CopyTo(of_replayed);
-    launched.table().CopyTo(of_launched);
-    ExpectEqualTables(of_replayed.view(), of_launched.view());
-    EXPECT_EQ(replayed.ReadClock().now, (token + 1) * kShape.num_layers);
-    if (HasFailure()) return;
-    next_ids();
+                               public testing::WithParamInterface<std::tuple<PolicyKind, int>> {
+ protected:
+  static DevicePlanner MakePlanner(const Shape& shape, PolicyKind policy) {
+    const PlannerConfig config{.top_k = shape.top_k, .expert_bytes = 1, .policy = policy};
+    return {shape.num_layers, shape.num_experts, shape.num_slots, config};
   }
+
+  void PlanLayer(DevicePlanner& planner, int32_t layer, const StepIds& ids) {
+    planner.PlanLayer(layer, ids.of_layer(layer), reinterpret_cast<LayerPlan*>(plan_.data()),
+                      nullptr, MissFetch::kSameStream, stream_.get());
+    planner.Learn(layer, stream_.get());
+  }
+
+  void ExpectReplaysDecideAsSingleLaunches(const Shape& shape) {
+    const auto [policy, num_tokens] = GetParam();
+    DevicePlanner replayed = MakePlanner(shape, policy);
+    DevicePlanner launched = MakePlanner(shape, policy);
+    StepIds ids(shape);
+    const GraphExec step = Instantiate(Capture(stream_, [&] {
+      for (int32_t layer = 0; layer < shape.num_layers; ++layer) PlanLayer(replayed, layer, ids);
+    }));
+    SlotTable of_replayed(shape.num_layers, shape.num_experts, shape.num_slots);
+    SlotTable of_launched(shape.num_layers, shape.num_experts, shape.num_slots);
+    for (int token = 0; token < num_tokens; ++token) {
+      SCOPED_TRACE("token " + std::to_string(token));
+      EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(step.get(), stream_.get()));
+      stream_.Synchronize();
+      const LayerPlan last_replayed = CopyOut(plan_);
+      for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
+        PlanLayer(launched, layer, ids);
+        stream_.Synchronize();
+      }
+      ExpectEqualPlans(last_replayed, CopyOut(plan_));
+      replayed.table().CopyTo(of_replayed);
+      launched.table().CopyTo(of_launched);
+      ExpectEqualTables(of_replayed.view(), of_launched.view());
+      EXPECT_EQ(replayed.ReadClock().now, (token + 1) * shape.num_layers);
+      if (HasFailure()) return;
+      ids.Draw();
+    }
+  }
+
+  CudaStream stream_;
+  DeviceMemory plan_{sizeof(LayerPlan), "a plan"};
+};
+
+// A graph of one decode step, replayed with other ids in the same memory, where a launch may start
+// before the one ahead has ended, decides as launches one by one do, and every replay has its own
+// ticks.
+TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
+  for (const Shape shape :
+       {Shape{6, 32, 4, 40}, Shape{1, 32, 4, 12}, Shape{2, 32, 4, 20}, Shape{2, 176, 8, 100}}) {
+    SCOPED_TRACE(std::to_string(shape.num_layers) + " x " + std::to_string(shape.num_experts));
+    ExpectReplaysDecideAsSingleLaunches(shape);
+  }
+}
+
+// What the kernel may use is not what the last planner has asked for.
+TEST_P(PlannerKernelGraphTest, PlansWhateverASmallerPlannerHasPlannedBetween) {
+  constexpr Shape kLarge{2, 128, 8, 100};
+  constexpr Shape kSmall{2, 8, 2, 8};
+  const auto [policy, num_tokens] = GetParam();
+  DevicePlanner large = MakePlanner(kLarge, policy);
+  DevicePlanner small = MakePlanner(kSmall, policy);
+  const StepIds of_large(kLarge), of_small(kSmall);
+  const Graph captured = Capture(stream_, [&] { PlanLayer(large, 0, of_large); });
+  PlanLayer(small, 0, of_small);
+  const GraphExec step = Instantiate(captured);
+  PlanLayer(small, 1, of_small);
+  EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(step.get(), stream_.get()));
+  stream_.Synchronize();
+  EXPECT_EQ(CopyOut(plan_).status, LayerPlanStatus::kPlanned);
+  EXPECT_EQ(large.ReadClock().now, 1);
 }
 
 constexpr PolicyKind kGraphPolicies[] = {PolicyKind::kDecayedFrequency, PolicyKind::kPredictedNeed};

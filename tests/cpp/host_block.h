@@ -7,8 +7,10 @@
 #include <barrier>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/plan_phase.h"
@@ -18,14 +20,18 @@ namespace expertflow {
 // What the threads of one block share.
 class HostBlockState {
  public:
-  HostBlockState(int32_t num_threads, int32_t warp_size)
-      : num_threads(num_threads), barrier(num_threads), values(static_cast<size_t>(num_threads)) {
+  HostBlockState(int32_t num_threads, int32_t warp_size, std::function<void()> end_previous)
+      : num_threads(num_threads),
+        end_previous(std::move(end_previous)),
+        barrier(num_threads),
+        values(static_cast<size_t>(num_threads)) {
     for (int32_t first = 0; first < num_threads; first += warp_size) {
       warp_barriers.push_back(std::make_unique<std::barrier<>>(warp_size));
     }
   }
 
   const int32_t num_threads;
+  const std::function<void()> end_previous;
   std::barrier<> barrier;
   std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
   std::vector<uint32_t> values;  // of the warps' threads, while they are exchanged
@@ -67,7 +73,11 @@ class HostBlock {
     }
   }
 
-  void WaitForPrevious() {}
+  void WaitForPrevious() {
+    Sync();
+    if (thread_ == 0) state_.end_previous();
+    Sync();
+  }
   void SyncWarp() {}
   void Expect(uint64_t& barrier, int32_t num_arrivals) {
     barrier = static_cast<uint64_t>(num_arrivals);
@@ -108,10 +118,12 @@ class HostBlock {
   const int32_t thread_;
 };
 
-// Runs `body(block)` on `num_threads` threads, a multiple of the warps' size.
+// Runs `body(block)` on `num_threads` threads, a multiple of the warps' size. What the work before
+// it in the stream writes is there once `end_previous` has run, when all wait for it.
 template <class Body>
-void RunHostBlock(int32_t num_threads, const Body& body) {
-  HostBlockState state(num_threads, HostBlock::kWarpSize);
+void RunHostBlock(
+    int32_t num_threads, const Body& body, std::function<void()> end_previous = [] {}) {
+  HostBlockState state(num_threads, HostBlock::kWarpSize, std::move(end_previous));
   std::vector<std::jthread> threads;
   for (int32_t t = 0; t < num_threads; ++t) {
     threads.emplace_back([&state, &body, t] {

@@ -120,7 +120,9 @@ class PairedPlanners {
   void RunRandom(int num_plans) {
     for (int i = 0; i < num_plans && !testing::Test::HasFailure(); ++i) {
       SCOPED_TRACE("plan " + std::to_string(i));
-      PlanBoth(Draw(0, shape_.num_layers - 1), RandomIds(), MissFetch::kTransfer);
+      const int32_t layer = Draw(0, shape_.num_layers - 1);
+      if (Draw(0, 4) == 0) RefuseBadId(layer);
+      PlanBoth(layer, RandomIds(), MissFetch::kTransfer);
       ChangeStates();
       on_block_.CopyTableFrom(table_);
     }
@@ -192,6 +194,19 @@ class PairedPlanners {
       const int64_t id = (place * 7 + layer * 5) % shape_.num_experts;
       if (std::ranges::find(ids, id) == ids.end()) ids.push_back(id);
     }
+  }
+
+  // The host's planner is not asked: nothing may change.
+  void RefuseBadId(int32_t layer) {
+    std::vector<int64_t> ids = RandomIds();
+    ids.resize(std::max<size_t>(ids.size(), 1));
+    ids[static_cast<size_t>(Draw(0, static_cast<int32_t>(std::ssize(ids)) - 1))] =
+        shape_.num_experts;
+    on_block_.SetTick(now_);
+    ASSERT_EQ(on_block_.PlanLayer(layer, ids, MissFetch::kTransfer).status,
+              LayerPlanStatus::kBadExpertId);
+    on_block_.CopyTableTo(found_table_);
+    ExpectEqualTables(found_table_.view(), table_.view());
   }
 
   // Plans a layer with both and compares. Returns the host's plan, walked to its end if it has

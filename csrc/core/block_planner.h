@@ -60,7 +60,7 @@ class BlockPlanner {
     has_id_ = thread_ < request_.ids.count;
     Slots own(block_, planning_, request_.layer, first_of_expert_, of_layer_);
     PrepareShared();
-    block_.WaitForCopies();
+    block_.WaitForCopies();  // not behind the loads: that takes 0.1 us more
     block_.Mark(PlanPhase::kPrepared);
     block_.WaitForPrevious();
     block_.Mark(PlanPhase::kReleased);

@@ -105,8 +105,8 @@ void LaunchPlanLayerOn(Block block, const PlanningView& planning, const LayerPla
         is_one_tile ? reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, true>)
                     : reinterpret_cast<const void*>(&PlanLayerKernel<Policy, Block, false>);
     if (planning.policy == PolicyKind::kPredictedNeed) {
-      // Not `shared_bytes`: the limit is the kernel's, and must hold for launches of other planners
-      // and for graphs that are instantiated later.
+      // Not `shared_bytes`: the limit is the kernel's, and other threads launch it for other
+      // planners.
       EXPERTFLOW_CUDA_CHECK(cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
     }

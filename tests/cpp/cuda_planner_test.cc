@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -215,17 +216,14 @@ using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
 using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, DestroyGraph>;
 
 template <class Enqueue>
-Graph Capture(const CudaStream& stream, const Enqueue& enqueue) {
+GraphExec Capture(const CudaStream& stream, const Enqueue& enqueue) {
   cudaGraph_t graph;
   EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeRelaxed));
   enqueue();
   EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream.get(), &graph));
-  return Graph(graph);
-}
-
-GraphExec Instantiate(const Graph& graph) {
+  const Graph captured(graph);
   cudaGraphExec_t exec;
-  EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&exec, graph.get(), 0));
+  EXPERTFLOW_CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
   return GraphExec(exec);
 }
 
@@ -277,9 +275,9 @@ class PlannerKernelGraphTest : public CudaTest,
     DevicePlanner replayed = MakePlanner(shape, policy);
     DevicePlanner launched = MakePlanner(shape, policy);
     StepIds ids(shape);
-    const GraphExec step = Instantiate(Capture(stream_, [&] {
+    const GraphExec step = Capture(stream_, [&] {
       for (int32_t layer = 0; layer < shape.num_layers; ++layer) PlanLayer(replayed, layer, ids);
-    }));
+    });
     SlotTable of_replayed(shape.num_layers, shape.num_experts, shape.num_slots);
     SlotTable of_launched(shape.num_layers, shape.num_experts, shape.num_slots);
     for (int token = 0; token < num_tokens; ++token) {
@@ -316,29 +314,37 @@ TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   }
 }
 
-// What the kernel may use is not what the last planner has asked for.
-TEST_P(PlannerKernelGraphTest, PlansWhateverASmallerPlannerHasPlannedBetween) {
-  constexpr Shape kLarge{2, 128, 8, 100};
-  constexpr Shape kSmall{2, 8, 2, 8};
-  const auto [policy, num_tokens] = GetParam();
-  DevicePlanner large = MakePlanner(kLarge, policy);
-  DevicePlanner small = MakePlanner(kSmall, policy);
-  const StepIds of_large(kLarge), of_small(kSmall);
-  const Graph captured = Capture(stream_, [&] { PlanLayer(large, 0, of_large); });
-  PlanLayer(small, 0, of_small);
-  const GraphExec step = Instantiate(captured);
-  PlanLayer(small, 1, of_small);
-  EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(step.get(), stream_.get()));
-  stream_.Synchronize();
-  EXPECT_EQ(CopyOut(plan_).status, LayerPlanStatus::kPlanned);
-  EXPECT_EQ(large.ReadClock().now, 1);
-}
-
 constexpr PolicyKind kGraphPolicies[] = {PolicyKind::kDecayedFrequency, PolicyKind::kPredictedNeed};
 INSTANTIATE_TEST_SUITE_P(Policies, PlannerKernelGraphTest,
                          testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(40)));
 INSTANTIATE_TEST_SUITE_P(Small, PlannerKernelGraphTest,
                          testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(6)));
+
+using PlannerKernelThreadsTest = CudaTest;
+
+// Of one kernel, with as much shared memory as either needs.
+TEST_F(PlannerKernelThreadsTest, PlannersOfDifferentSizesPlanAtOnce) {
+  constexpr int kNumPlans = 2000;
+  const auto plan_many = [](const Shape& shape) {
+    const PlannerConfig config{
+        .top_k = shape.top_k, .expert_bytes = 1, .policy = PolicyKind::kPredictedNeed};
+    DevicePlanner planner(shape.num_layers, shape.num_experts, shape.num_slots, config);
+    const StepIds ids(shape);
+    DeviceMemory plan(sizeof(LayerPlan), "a plan");
+    const CudaStream stream;
+    for (int i = 0; i < kNumPlans; ++i) {
+      planner.PlanLayer(0, ids.of_layer(0), reinterpret_cast<LayerPlan*>(plan.data()), nullptr,
+                        MissFetch::kSameStream, stream.get());
+      planner.Learn(0, stream.get());
+    }
+    stream.Synchronize();
+    return planner.ReadClock().now;
+  };
+  auto large = std::async(std::launch::async, plan_many, Shape{1, 128, 8, 100});
+  auto small = std::async(std::launch::async, plan_many, Shape{1, 8, 2, 8});
+  EXPECT_EQ(large.get(), kNumPlans);
+  EXPECT_EQ(small.get(), kNumPlans);
+}
 
 }  // namespace
 }  // namespace expertflow

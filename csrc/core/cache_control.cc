@@ -159,17 +159,9 @@ void CacheControl::FinishChunk(const Chunk& chunk, const std::optional<std::stri
       break;
     case TransferStatus::kDropped:
     case TransferStatus::kFailed:
-      DropTransfer(chunk.slot, layer);
+      planner_.Drop(chunk.slot, queue_.copied_bytes(chunk.slot));
       break;
   }
-}
-
-void CacheControl::DropTransfer(SlotId slot, int32_t layer) {
-  if (table().slot_unused[Index(slot)]) {
-    planner_.statistics(layer).wasted_prefetch_bytes +=
-        static_cast<int64_t>(queue_.copied_bytes(slot));
-  }
-  planner_.Drop(slot);
 }
 
 void CacheControl::RecordStall(int32_t layer, double stall_us, bool is_late) {
@@ -186,8 +178,7 @@ void CacheControl::CancelTransfers() {
   for (int32_t s = 0; s < table().num_slots; ++s) {
     const SlotId slot{s};
     if (queue_.IsIdle(slot)) continue;
-    const int32_t layer = ToId(table(), table().slot_expert[s]).layer;
-    if (queue_.Cancel(slot)) DropTransfer(slot, layer);
+    if (queue_.Cancel(slot)) planner_.Drop(slot, queue_.copied_bytes(slot));
   }
 }
 

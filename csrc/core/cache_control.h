@@ -117,7 +117,6 @@ class CacheControl {
   }
   void PostRow(const PlanRow& row);
   void Post(SlotId slot, ExpertIndex expert, TransferClass transfer_class, Tick needed_at);
-  void DropTransfer(SlotId slot, int32_t layer);
   std::optional<std::string>& FailureOf(SlotId slot) {
     return failures_[static_cast<size_t>(Index(slot))];
   }

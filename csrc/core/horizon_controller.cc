@@ -21,15 +21,17 @@ constexpr int32_t kLayersBetweenBoosts = 1024;
 constexpr double kStallThatRaises = 5e-4;  // of the compute time
 constexpr double kLateThatLowers = 1e-4;
 constexpr double kStallThatTriesAgain = 1.5;  // of the stall when one more did not help
-// A duel ends when the mean of the pairs is that many standard errors from 0, or after kMaxPairs,
-// when it must be fewer of them above 0 to be won. What the other block has left in the cache and
-// on the link is gone after the first layers of a block.
+// A duel is won when the mean of the pairs is that many standard errors above 0, or, after
+// kMaxPairs, fewer of them. It is lost sooner: it costs what it loses, and what is refused by
+// chance may be tried again. What the other block has left in the cache and on the link is gone
+// after the first layers of a block.
 constexpr int32_t kBlockLayers = 128;
 constexpr int32_t kIgnoredLayers = 32;
 constexpr int32_t kMinPairs = 8;
 constexpr int32_t kMaxPairs = 64;
-constexpr double kErrorsThatEnd = 3.5;
-constexpr double kErrorsThatWin = 2.0;
+constexpr double kErrorsThatWin = 3.5;
+constexpr double kErrorsThatWinAtLast = 2.0;
+constexpr double kErrorsThatLose = 1.5;
 
 }  // namespace
 
@@ -88,7 +90,7 @@ void HorizonController::UpdateBoost() {
     layers_since_boost_ = 0;
   } else if (stall_us_ > kStallThatRaises * compute_us_) {
     for (const int32_t step : {next_step_, -next_step_}) {
-      if (duel_.step == 0 && MayTry(step)) duel_.step = step;
+      if (duel_.step == 0 && MayTry(step)) duel_ = {.step = step, .stall_before_us = stall_us_};
     }
   }
 }
@@ -113,21 +115,24 @@ void HorizonController::AdvanceDuel() {
   if (duel_.pairs < kMinPairs) return;
   const double variance = duel_.sum_squares - duel_.sum_us * duel_.sum_us / duel_.pairs;
   const double error_us = std::sqrt(std::max(variance, 0.0));  // of the sum
-  if (std::abs(duel_.sum_us) >= kErrorsThatEnd * error_us) {
-    EndDuel(duel_.sum_us > 0.0);
-  } else if (duel_.pairs == kMaxPairs) {
-    EndDuel(duel_.sum_us > kErrorsThatWin * error_us);
+  const bool is_last = duel_.pairs == kMaxPairs;
+  const double errors_to_win = is_last ? kErrorsThatWinAtLast : kErrorsThatWin;
+  if (duel_.sum_us > errors_to_win * error_us) {
+    EndDuel(/*is_won=*/true);
+  } else if (is_last || duel_.sum_us <= -kErrorsThatLose * error_us) {
+    EndDuel(/*is_won=*/false);
   }
 }
 
 // The way back from a step that was won is one that was refused.
 void HorizonController::EndDuel(bool is_won) {
   const int32_t step = duel_.step;
+  const double stall_us = std::max(duel_.stall_before_us, stall_us_);
   duel_ = {};
   layers_since_boost_ = 0;
   if (is_won) boost_ += step;
   next_step_ = is_won ? step : -step;
-  stall_when_refused_us_[next_step_ < 0] = stall_us_;
+  stall_when_refused_us_[next_step_ < 0] = stall_us;
   if (is_won) stall_when_refused_us_[step > 0] = 0.0;
 }
 

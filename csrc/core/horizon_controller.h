@@ -46,8 +46,9 @@ class HorizonController {
  private:
   // Blocks of layers with and without one layer more, or less, in turn.
   struct Duel {
-    int32_t step = 0;    // that is tried: 1 or -1; 0: there is no duel
-    int32_t layers = 0;  // of the pair of blocks that is running
+    int32_t step = 0;              // that is tried: 1 or -1; 0: there is no duel
+    double stall_before_us = 0.0;  // of a layer
+    int32_t layers = 0;            // of the pair of blocks that is running
     int32_t pairs = 0;
     double saved_us = 0.0;  // stall of the running pair: without minus with
     double sum_us = 0.0;    // of saved_us over the pairs

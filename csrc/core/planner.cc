@@ -250,6 +250,17 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   return slot;
 }
 
+bool Planner::Unprotect(ExpertId expert, Tick now, int32_t layer) {
+  const SlotId slot = table_.expert_slot[Index(ToIndex(table_, expert))];
+  if (slot == SlotId::kNone || !MayTake(table_, Index(slot), now, /*spare_predicted=*/false)) {
+    return false;
+  }
+  const SlotRange range = RangeOf(planning_, layer);
+  if (Index(slot) < range.begin || Index(slot) >= range.end) return false;
+  table_.slot_predicted[Index(slot)] = kNever;
+  return true;
+}
+
 bool Planner::IsInPlan(ExpertId expert) const {
   return expert.layer == plan_.layer &&
          seen_by_[static_cast<size_t>(expert.expert)] == collections_;
@@ -259,7 +270,12 @@ void Planner::Submit(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::
 
 void Planner::Publish(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::kReady; }
 
-void Planner::Drop(SlotId slot) {
+void Planner::Drop(SlotId slot, size_t copied_bytes) {
+  const ExpertIndex expert = table_.slot_expert[Index(slot)];
+  if (table_.slot_unused[Index(slot)]) {
+    statistics(ToId(table_, expert).layer).wasted_prefetch_bytes +=
+        static_cast<int64_t>(copied_bytes);
+  }
   // A row of the current plan whose transfer failed keeps its slot: a prefetch must not take it.
   const Tick needed = table_.slot_needed[Index(slot)];
   Unassign(table_, slot);

@@ -69,16 +69,20 @@ class Planner {
   SlotId PlanPrefetch(ExpertId expert, Tick now, Tick needed_at);
 
   // The transfer into `slot` has started; has ended and the expert is ready; failed or was dropped,
-  // and the slot is empty again.
+  // and the slot is empty again: what was copied of a prefetch is wasted.
   void Submit(SlotId slot);
   void Publish(SlotId slot);
-  void Drop(SlotId slot);
+  void Drop(SlotId slot, size_t copied_bytes = 0);
 
   // The prefetch into `slot` is taken back before any of it was copied, and no plan needs it. What
   // it had replaced is still there, and resident again, unless it is elsewhere by now or the
   // current plan brings it; then the slot is empty. The eviction stays counted,
   // and what it had replaced as wasted if that was a prefetch without a use.
   void Withdraw(SlotId slot);
+
+  // An expert that PlanPrefetch has protected is not expected any more. Returns whether a prefetch
+  // for `layer` may take its slot at tick `now`; if not, it stays protected.
+  bool Unprotect(ExpertId expert, Tick now, int32_t layer);
 
   // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the
   // layer of the evicted expert); bytes and times by whoever moves the experts.

@@ -39,6 +39,7 @@ void PrefetchScheduler::Record(const LayerObservation& layer) {
   add(balance_.gain, layer.num_prefetch_used - layer.late_stall_us / transfer_us_);
   add(balance_.wasted, layer.num_prefetch_wasted);
   add(balance_.regretted, layer.num_prefetch_regretted);
+  add(balance_.fetched, layer.num_fetched);
   add(balance_.stall, layer.stall_us / transfer_us_);
   add(balance_.busy_us, layer.moved_bytes / expert_bytes_ * transfer_us_);
   add(balance_.elapsed_us, layer.compute_us + layer.stall_us);
@@ -46,25 +47,26 @@ void PrefetchScheduler::Record(const LayerObservation& layer) {
 
 void PrefetchScheduler::UpdatePrice() {
   const double rho = std::min(balance_.busy_us / std::max(balance_.elapsed_us, 1.0), 1.0);
-  const double cost =
-      2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted) + kMargin * balance_.stall;
+  const double exposed = std::min(balance_.stall / std::max(balance_.fetched, 1.0), 1.0);
+  const double cost = 2.0 * (balance_.wasted * rho * rho * rho + balance_.regretted * exposed) +
+                      kMargin * balance_.stall;
   const double allowed = kCostShare * std::max(balance_.gain, 0.0);
   const double imbalance = (cost - allowed) / (cost + allowed + kBalanceWithoutEvidence);
   price_ = std::clamp(price_ * std::exp(kPriceRate * imbalance), kMinPrice, kMaxPrice);
   least_need_ = price_ / (1.0 + price_);
 }
 
-bool PrefetchScheduler::Admits(const Prediction& prediction, double bytes_ahead) const {
-  const double ahead_us = bytes_ahead / expert_bytes_ * transfer_us_;
-  const double idle_us = ComputeUntil(prediction.distance) - ahead_us;
-  const double hidden_us = std::min(idle_us, transfer_us_);
+bool PrefetchScheduler::Admits(const Prediction& prediction, size_t num_bytes,
+                               size_t bytes_ahead) const {
+  const double transfer_us = TransferUs(num_bytes);
+  const double idle_us = ComputeUntil(prediction.distance) - TransferUs(bytes_ahead);
+  const double hidden_us = std::min(idle_us, transfer_us);
   const auto need = static_cast<double>(prediction.need);
-  return hidden_us > 0.0 && need * hidden_us >= (1.0 - need) * price_ * transfer_us_;
+  return hidden_us > 0.0 && need * hidden_us >= (1.0 - need) * price_ * transfer_us;
 }
 
-bool PrefetchScheduler::HasTimeFor(double bytes_ahead, int32_t distance) const {
-  const double needed_us = (bytes_ahead / expert_bytes_ + 1.0) * transfer_us_;
-  return needed_us <= ComputeUntil(distance);
+bool PrefetchScheduler::HasTimeFor(size_t num_bytes, int32_t distance) const {
+  return TransferUs(num_bytes) <= ComputeUntil(distance);
 }
 
 }  // namespace expertflow

@@ -53,11 +53,14 @@ struct LayerObservation {
 // What a wrong transfer costs is not known beforehand, so the price follows the balance of those
 // that were made, in transfers, over the last tokens:
 //
-//   cost = 2 (wasted * rho^3 + regretted) + margin
+//   cost = 2 (wasted * rho^3 + regretted * exposed) + margin
 //       rho       = share of the time in which the link is busy: on an idle one a wrong transfer is
 //                   in nobody's way, on a full one it delays more than itself
 //       regretted = those wasted ones whose victim was missed meanwhile; its return costs another
 //                   expert its slot, so it counts twice
+//       exposed   = what a fetch stalls on average, in transfers: where nearly all are hidden, so
+//       is
+//                   the victim's return
 //       margin    = kMargin of the stall, in transfers: so little gain is not worth what this
 //                   balance does not see, least of all while the price is still being found
 //   gain = used - late stall / transfer
@@ -72,7 +75,7 @@ class PrefetchScheduler {
  public:
   static constexpr double kCostShare = 0.4;
   static constexpr double kMargin = 0.01;
-  static constexpr double kMinPrice = 1.0 / 32;
+  static constexpr double kMinPrice = 1.0 / 128;
   static constexpr double kFirstPrice = 0.25;
   static constexpr double kMaxPrice = 4.0;
 
@@ -91,18 +94,22 @@ class PrefetchScheduler {
     return static_cast<double>(prediction.need) >= least_need_;
   }
 
-  // `bytes_ahead`: queued prefetches that are needed no later than this one.
-  bool Admits(const Prediction& prediction, double bytes_ahead) const;
+  // `num_bytes`: of the expert, that are not transferred yet; `bytes_ahead`: of prefetches that are
+  // needed no later than this one.
+  bool Admits(const Prediction& prediction, size_t num_bytes, size_t bytes_ahead) const;
 
-  // Whether one more transfer and those bytes before it fit into the compute time before the layer
-  // that is `distance` ahead.
-  bool HasTimeFor(double bytes_ahead, int32_t distance) const;
+  // Whether transfers of `num_bytes` fit into the compute time before the layer that is `distance`
+  // ahead.
+  bool HasTimeFor(size_t num_bytes, int32_t distance) const;
 
   int32_t horizon() const { return horizon_.horizon(); }
   double price() const { return price_; }
   double transfer_us() const { return transfer_us_; }  // of one expert; 0: not measured yet
 
  private:
+  double TransferUs(size_t num_bytes) const {
+    return static_cast<double>(num_bytes) / expert_bytes_ * transfer_us_;
+  }
   double ComputeUntil(int32_t distance) const {
     return distance * horizon_.compute_us() - missing_us_;
   }
@@ -114,6 +121,7 @@ class PrefetchScheduler {
     double gain = 0.0;       // transfers that prefetches hid
     double wasted = 0.0;     // transfers
     double regretted = 0.0;  // evictions
+    double fetched = 0.0;    // experts, in time or not
     double stall = 0.0;      // transfers
     double busy_us = 0.0;    // of the link
     double elapsed_us = 0.0;

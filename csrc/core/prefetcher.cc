@@ -16,6 +16,7 @@ Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, TransferQue
       planner_(planner),
       queue_(queue),
       top_k_(config.top_k),
+      expert_bytes_(config.expert_bytes),
       keeps_experts_(config.policy != PolicyKind::kOnDemand),
       scheduler_({.max_horizon = kMaxHorizon,
                   .max_fetched = std::min(table.num_experts, config.top_k * kMaxDecodeTokens),
@@ -25,7 +26,9 @@ Prefetcher::Prefetcher(const SlotTableView& table, Planner& planner, TransferQue
       miss_costs_(table.num_layers),
       pays_(trial == kUntried) {
   set_horizon(kAutoHorizon);
-  ranked_.reserve(static_cast<size_t>(kMaxHorizon) * static_cast<size_t>(table.num_experts));
+  const size_t num_predictions = size_t{kMaxHorizon} * static_cast<size_t>(table.num_experts);
+  ranked_.reserve(num_predictions);
+  expected_.reserve(num_predictions);
   if (trial == kUntried || !keeps_experts_) return;
   trial_ = std::make_unique<PrefetchTrial>(table, planner, queue, config);
   routed_.reserve(static_cast<size_t>(table.num_experts));
@@ -145,19 +148,17 @@ int32_t Prefetcher::PrefetchRanked(std::vector<Prediction>& predictions, const P
   std::erase_if(predictions, [this](const Prediction& p) { return p.distance > horizon_; });
   if (is_fixed()) KeepTopK(predictions);
   const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };
-  // First all that is resident is protected, so that no prefetch takes the slot of another.
-  for (const Prediction& p : predictions) {
-    if (SlotOf(p) != SlotId::kNone && IsExpected(p)) Take(ExpertOf(p), needed_at(p));
-  }
   if (!is_fixed()) {
     std::ranges::sort(predictions, [](const Prediction& a, const Prediction& b) {
       return std::tuple(-a.need, a.distance, a.expert) < std::tuple(-b.need, b.distance, b.expert);
     });
-    DecideAnew(predictions);
   }
+  ProtectExpected(predictions);
+  if (!is_fixed()) DecideAnew(predictions);
   int32_t num_posted = 0;
   for (const Prediction& p : predictions) {
-    const SlotId slot = Take(ExpertOf(p), needed_at(p));
+    SlotId slot = Take(ExpertOf(p), needed_at(p));
+    if (slot == SlotId::kNone && MakeRoomFor(p)) slot = Take(ExpertOf(p), needed_at(p));
     if (slot == SlotId::kNone) continue;
     post(slot, needed_at(p));
     if (!is_fixed()) backlog_.Add(slot, needed_at(p));
@@ -166,25 +167,70 @@ int32_t Prefetcher::PrefetchRanked(std::vector<Prediction>& predictions, const P
   return num_posted;
 }
 
-// Leaves those of `ranked` that are to be posted, and takes back what waits and is not admitted
-// beside them.
+// So that no prefetch takes the slot of what is expected, too.
+void Prefetcher::ProtectExpected(std::span<const Prediction> predictions) {
+  expected_.clear();
+  for (const Prediction& p : predictions) {
+    if (SlotOf(p) == SlotId::kNone || !IsExpected(p)) continue;
+    Take(ExpertOf(p), tick_ + p.distance);
+    expected_.push_back(p);
+  }
+}
+
+// Where a small cache holds nothing but what is expected: ends the protection of what is expected
+// least, if what `prediction` is above that is worth a transfer. Returns whether there is such.
+bool Prefetcher::MakeRoomFor(const Prediction& prediction) {
+  if (is_fixed()) return false;
+  for (size_t i = expected_.size(); i-- > 0;) {
+    const Prediction& least = expected_[i];
+    Prediction more = prediction;
+    more.need -= least.need;
+    if (!scheduler_.Expects(more)) return false;
+    if (!planner_.Unprotect(ExpertOf(least), tick_, ExpertOf(prediction).layer)) continue;
+    expected_.erase(expected_.begin() + static_cast<ptrdiff_t>(i));
+    return true;
+  }
+  return false;
+}
+
+// Leaves those of `ranked` that are to be posted, and gives up what was posted before and is not
+// admitted beside them.
 void Prefetcher::DecideAnew(std::vector<Prediction>& ranked) {
   backlog_.Reopen(tick_);
   std::erase_if(ranked, [this](const Prediction& p) {
     const SlotId slot = SlotOf(p);
     const bool is_resident = slot != SlotId::kNone;
     if (is_resident && !backlog_.IsUndecided(slot, tick_ + p.distance)) return true;
-    if (!IsExpected(p) || !IsWanted(p)) return true;
-    is_resident ? backlog_.Keep(slot, p.distance) : backlog_.Admit(p.distance);
+    if (!IsExpected(p) || !IsWanted(p, is_resident ? queue_.left_bytes(slot) : expert_bytes_)) {
+      return true;
+    }
+    if (is_resident) {
+      backlog_.Keep(slot, p.distance);
+      queue_.Reschedule(slot, tick_ + p.distance);
+    } else {
+      backlog_.Admit(p.distance);
+    }
     return is_resident;
   });
-  backlog_.TakeUndecided([this](SlotId slot) { TakeBack(slot); });
+  backlog_.EndUndecided([this](SlotId slot, Tick needed_at) { return GiveUp(slot, needed_at); });
 }
 
-void Prefetcher::TakeBack(SlotId slot) {
-  queue_.Cancel(slot);
-  planner_.Withdraw(slot);
-  ledger_.RecordWithdrawal(slot);
+// What has not begun is taken back, without a trace. What has begun has lost what was in its slot,
+// and goes on while the link has nothing better to do, until its layer has passed.
+bool Prefetcher::GiveUp(SlotId slot, Tick needed_at) {
+  if (queue_.IsWaitingPrefetch(slot)) {
+    queue_.Cancel(slot);
+    planner_.Withdraw(slot);
+    ledger_.RecordWithdrawal(slot);
+    return true;
+  }
+  if (needed_at <= tick_ && !queue_.HasChunksOut(slot)) {
+    queue_.Cancel(slot);
+    planner_.Drop(slot, queue_.copied_bytes(slot));
+    return true;
+  }
+  queue_.Reschedule(slot, tick_ + kMaxHorizon + 1);
+  return false;
 }
 
 int32_t Prefetcher::PrefetchNeeded(std::span<const float> need, const Post& post) {
@@ -234,18 +280,19 @@ bool Prefetcher::IsExpected(const Prediction& prediction) const {
   return is_fixed() || scheduler_.Expects(prediction);
 }
 
-bool Prefetcher::IsWanted(const Prediction& prediction) const {
+bool Prefetcher::IsWanted(const Prediction& prediction, size_t num_bytes) const {
   const size_t bytes_ahead = backlog_.bytes_until(prediction.distance);
-  return scheduler_.Admits(prediction, static_cast<double>(bytes_ahead)) &&
-         !DelaysLaterOnes(prediction, bytes_ahead);
+  return scheduler_.Admits(prediction, num_bytes, bytes_ahead) &&
+         !DelaysLaterOnes(prediction, num_bytes, bytes_ahead);
 }
 
 // The queue serves the earliest need first, so whatever it takes in late must leave time for what
 // was thought more probable and is needed later.
-bool Prefetcher::DelaysLaterOnes(const Prediction& prediction, size_t bytes_ahead) const {
+bool Prefetcher::DelaysLaterOnes(const Prediction& prediction, size_t num_bytes,
+                                 size_t bytes_ahead) const {
   for (int32_t d = prediction.distance + 1; d <= horizon_; ++d) {
     const size_t bytes = backlog_.bytes_until(d);
-    if (bytes > bytes_ahead && !scheduler_.HasTimeFor(static_cast<double>(bytes), d)) return true;
+    if (bytes > bytes_ahead && !scheduler_.HasTimeFor(bytes + num_bytes, d)) return true;
   }
   return false;
 }

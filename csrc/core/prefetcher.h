@@ -82,10 +82,11 @@ class Prefetcher {
 
   // Protects those of `predictions` that are resident and expected, and posts those that are
   // admitted: the more probable expert first, unless that would make a prefetch late that is needed
-  // later. What was posted before, and waits, is decided anew beside them, and taken back if it is
-  // not admitted, or not among them: nothing to say is no reason to call. With a fixed horizon,
-  // posts the top-k of each distance, which come in that order, the nearer layers first. Reorders
-  // and shortens `predictions`. Returns how many were posted.
+  // later. With no slot left it takes that of a protected resident, if it is so much more probable
+  // that this is worth a transfer. What was posted before, and waits, is decided anew beside them,
+  // and taken back if it is not admitted, or not among them: nothing to say is no reason to call.
+  // With a fixed horizon, posts the top-k of each distance, which come in that order, the nearer
+  // layers first. Reorders and shortens `predictions`. Returns how many were posted.
   int32_t Prefetch(std::vector<Prediction>& predictions, const Post& post);
 
   // The same for the probabilities `need` [distances, num_experts]: row d - 1 is about the layer d
@@ -108,10 +109,12 @@ class Prefetcher {
   ExpertId ExpertOf(const Prediction& prediction) const;
   SlotId SlotOf(const Prediction& prediction) const;
   bool IsExpected(const Prediction& prediction) const;
-  bool IsWanted(const Prediction& prediction) const;
-  bool DelaysLaterOnes(const Prediction& prediction, size_t bytes_ahead) const;
+  bool IsWanted(const Prediction& prediction, size_t num_bytes) const;
+  bool DelaysLaterOnes(const Prediction& prediction, size_t num_bytes, size_t bytes_ahead) const;
+  void ProtectExpected(std::span<const Prediction> predictions);
+  bool MakeRoomFor(const Prediction& prediction);
   void DecideAnew(std::vector<Prediction>& ranked);
-  void TakeBack(SlotId slot);
+  bool GiveUp(SlotId slot, Tick needed_at);
   void FollowTrial(const LayerObservation& measured);
   void ClearBiases();
   void LearnMissCost(const LayerObservation& measured);
@@ -122,6 +125,7 @@ class Prefetcher {
   Planner& planner_;
   TransferQueue& queue_;
   int32_t top_k_;
+  size_t expert_bytes_;
   bool keeps_experts_;
   PrefetchScheduler scheduler_;
   PrefetchLedger ledger_;
@@ -140,7 +144,8 @@ class Prefetcher {
   std::unique_ptr<PrefetchTrial> trial_;  // none while it is on trial itself
   bool pays_;                             // as the trial has found
   std::vector<int64_t> routed_;           // experts of the last plan
-  std::vector<Prediction> ranked_;        // [kMaxHorizon * num_experts] at most
+  std::vector<Prediction> ranked_;        // [kMaxHorizon * num_experts] at most, as the next
+  std::vector<Prediction> expected_;      // residents that are protected, the most probable first
 };
 
 }  // namespace expertflow

@@ -41,6 +41,12 @@ void TransferQueue::Promote(SlotId slot, Tick needed_at) {
   if (promoted.place != kNotQueued) Restore(static_cast<size_t>(promoted.place));
 }
 
+void TransferQueue::Reschedule(SlotId slot, Tick needed_at) {
+  Transfer& rescheduled = transfer(slot);
+  rescheduled.needed_at = needed_at;
+  if (rescheduled.place != kNotQueued) Restore(static_cast<size_t>(rescheduled.place));
+}
+
 bool TransferQueue::Cancel(SlotId slot) {
   Transfer& cancelled = transfer(slot);
   RemoveQueued(slot);

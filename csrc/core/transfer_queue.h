@@ -49,6 +49,9 @@ class TransferQueue {
   // fails, or has failed already, the transfer starts anew once: nobody was to see that failure.
   void Promote(SlotId slot, Tick needed_at);
 
+  // A queued or running prefetch is needed at another time, and gets another place.
+  void Reschedule(SlotId slot, Tick needed_at);
+
   // Takes a transfer back. True: it is gone. False: chunks of it are out; Finish will report
   // kDropped for the last, whether they fail or not.
   bool Cancel(SlotId slot);
@@ -71,11 +74,19 @@ class TransferQueue {
   bool IsPrefetch(SlotId slot) const {
     return transfer(slot).transfer_class == TransferClass::kPrefetch;
   }
+  // A prefetch of which something was not handed out yet: left_bytes.
+  bool IsQueuedPrefetch(SlotId slot) const {
+    return IsPrefetch(slot) && transfer(slot).place != kNotQueued;
+  }
   // A prefetch of which nothing was handed out: Cancel takes it back without a trace.
   bool IsWaitingPrefetch(SlotId slot) const {
-    return IsPrefetch(slot) && transfer(slot).place != kNotQueued &&
-           transfer(slot).next_offset == 0;
+    return IsQueuedPrefetch(slot) && transfer(slot).next_offset == 0;
   }
+  size_t left_bytes(SlotId slot) const {
+    return transfer(slot).num_bytes - transfer(slot).next_offset;
+  }
+  Tick needed_at(SlotId slot) const { return transfer(slot).needed_at; }
+  bool HasChunksOut(SlotId slot) const { return transfer(slot).chunks_out > 0; }
   int32_t chunks_in_flight() const { return chunks_in_flight_; }
   size_t chunk_bytes() const { return chunk_bytes_; }
   size_t demand_chunk_bytes() const { return demand_chunk_bytes_; }

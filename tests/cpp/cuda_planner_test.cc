@@ -255,62 +255,65 @@ class StepIds {
   std::mt19937_64 random_{1};
 };
 
+DevicePlanner MakePlanner(const Shape& shape, PolicyKind policy) {
+  const PlannerConfig config{.top_k = shape.top_k, .expert_bytes = 1, .policy = policy};
+  return {shape.num_layers, shape.num_experts, shape.num_slots, config};
+}
+
+// Plans and learns on a stream of its own.
+struct PlanningStream {
+  void PlanLayer(DevicePlanner& planner, int32_t layer, const StepIds& ids) {
+    planner.PlanLayer(layer, ids.of_layer(layer), reinterpret_cast<LayerPlan*>(plan.data()),
+                      nullptr, MissFetch::kSameStream, stream.get());
+    planner.Learn(layer, stream.get());
+  }
+
+  CudaStream stream;
+  DeviceMemory plan{sizeof(LayerPlan), "a plan"};
+};
+
+void ExpectReplaysDecideAsSingleLaunches(const Shape& shape, PolicyKind policy, int num_tokens) {
+  DevicePlanner replayed = MakePlanner(shape, policy);
+  DevicePlanner launched = MakePlanner(shape, policy);
+  StepIds ids(shape);
+  PlanningStream on;
+  const GraphExec step = Capture(on.stream, [&] {
+    for (int32_t layer = 0; layer < shape.num_layers; ++layer) on.PlanLayer(replayed, layer, ids);
+  });
+  SlotTable of_replayed(shape.num_layers, shape.num_experts, shape.num_slots);
+  SlotTable of_launched(shape.num_layers, shape.num_experts, shape.num_slots);
+  for (int token = 0; token < num_tokens; ++token) {
+    SCOPED_TRACE("token " + std::to_string(token));
+    EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(step.get(), on.stream.get()));
+    on.stream.Synchronize();
+    const LayerPlan last_replayed = CopyOut(on.plan);
+    for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
+      on.PlanLayer(launched, layer, ids);
+      on.stream.Synchronize();
+    }
+    ExpectEqualPlans(last_replayed, CopyOut(on.plan));
+    replayed.table().CopyTo(of_replayed);
+    launched.table().CopyTo(of_launched);
+    ExpectEqualTables(of_replayed.view(), of_launched.view());
+    EXPECT_EQ(replayed.ReadClock().now, (token + 1) * shape.num_layers);
+    if (testing::Test::HasFailure()) return;
+    ids.Draw();
+  }
+}
+
 // A policy, and how many tokens.
 class PlannerKernelGraphTest : public CudaTest,
-                               public testing::WithParamInterface<std::tuple<PolicyKind, int>> {
- protected:
-  static DevicePlanner MakePlanner(const Shape& shape, PolicyKind policy) {
-    const PlannerConfig config{.top_k = shape.top_k, .expert_bytes = 1, .policy = policy};
-    return {shape.num_layers, shape.num_experts, shape.num_slots, config};
-  }
-
-  void PlanLayer(DevicePlanner& planner, int32_t layer, const StepIds& ids) {
-    planner.PlanLayer(layer, ids.of_layer(layer), reinterpret_cast<LayerPlan*>(plan_.data()),
-                      nullptr, MissFetch::kSameStream, stream_.get());
-    planner.Learn(layer, stream_.get());
-  }
-
-  void ExpectReplaysDecideAsSingleLaunches(const Shape& shape) {
-    const auto [policy, num_tokens] = GetParam();
-    DevicePlanner replayed = MakePlanner(shape, policy);
-    DevicePlanner launched = MakePlanner(shape, policy);
-    StepIds ids(shape);
-    const GraphExec step = Capture(stream_, [&] {
-      for (int32_t layer = 0; layer < shape.num_layers; ++layer) PlanLayer(replayed, layer, ids);
-    });
-    SlotTable of_replayed(shape.num_layers, shape.num_experts, shape.num_slots);
-    SlotTable of_launched(shape.num_layers, shape.num_experts, shape.num_slots);
-    for (int token = 0; token < num_tokens; ++token) {
-      SCOPED_TRACE("token " + std::to_string(token));
-      EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(step.get(), stream_.get()));
-      stream_.Synchronize();
-      const LayerPlan last_replayed = CopyOut(plan_);
-      for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
-        PlanLayer(launched, layer, ids);
-        stream_.Synchronize();
-      }
-      ExpectEqualPlans(last_replayed, CopyOut(plan_));
-      replayed.table().CopyTo(of_replayed);
-      launched.table().CopyTo(of_launched);
-      ExpectEqualTables(of_replayed.view(), of_launched.view());
-      EXPECT_EQ(replayed.ReadClock().now, (token + 1) * shape.num_layers);
-      if (HasFailure()) return;
-      ids.Draw();
-    }
-  }
-
-  CudaStream stream_;
-  DeviceMemory plan_{sizeof(LayerPlan), "a plan"};
-};
+                               public testing::WithParamInterface<std::tuple<PolicyKind, int>> {};
 
 // A graph of one decode step, replayed with other ids in the same memory, where a launch may start
 // before the one ahead has ended, decides as launches one by one do, and every replay has its own
 // ticks.
 TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
+  const auto [policy, num_tokens] = GetParam();
   for (const Shape shape :
        {Shape{6, 32, 4, 40}, Shape{1, 32, 4, 12}, Shape{2, 32, 4, 20}, Shape{2, 176, 8, 100}}) {
     SCOPED_TRACE(std::to_string(shape.num_layers) + " x " + std::to_string(shape.num_experts));
-    ExpectReplaysDecideAsSingleLaunches(shape);
+    ExpectReplaysDecideAsSingleLaunches(shape, policy, num_tokens);
   }
 }
 
@@ -326,18 +329,11 @@ using PlannerKernelThreadsTest = CudaTest;
 TEST_F(PlannerKernelThreadsTest, PlannersOfDifferentSizesPlanAtOnce) {
   constexpr int kNumPlans = 2000;
   const auto plan_many = [](const Shape& shape) {
-    const PlannerConfig config{
-        .top_k = shape.top_k, .expert_bytes = 1, .policy = PolicyKind::kPredictedNeed};
-    DevicePlanner planner(shape.num_layers, shape.num_experts, shape.num_slots, config);
+    DevicePlanner planner = MakePlanner(shape, PolicyKind::kPredictedNeed);
     const StepIds ids(shape);
-    DeviceMemory plan(sizeof(LayerPlan), "a plan");
-    const CudaStream stream;
-    for (int i = 0; i < kNumPlans; ++i) {
-      planner.PlanLayer(0, ids.of_layer(0), reinterpret_cast<LayerPlan*>(plan.data()), nullptr,
-                        MissFetch::kSameStream, stream.get());
-      planner.Learn(0, stream.get());
-    }
-    stream.Synchronize();
+    PlanningStream on;
+    for (int i = 0; i < kNumPlans; ++i) on.PlanLayer(planner, 0, ids);
+    on.stream.Synchronize();
     return planner.ReadClock().now;
   };
   auto large = std::async(std::launch::async, plan_many, Shape{1, 128, 8, 100});

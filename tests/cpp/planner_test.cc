@@ -250,6 +250,25 @@ TEST(PlannerPrefetchTest, TakesAnotherSlotThanAPredictedOne) {
       << "the rest is the current plan's, or predicted";
 }
 
+TEST(PlannerPrefetchTest, TakesTheSlotOfWhatIsNotPredictedAnyMore) {
+  PlannerConfig config = kLruTop2;
+  config.scope = CacheScope::kLayer;
+  Fixture f(2, 8, 4, config);
+  f.Run(0, {0, 1});
+  f.Run(1, {0, 1});
+  f.planner.PlanPrefetch({0, 0}, f.now, f.now + 5);
+  f.planner.PlanPrefetch({0, 1}, f.now, f.now + 5);
+  EXPECT_EQ(f.planner.PlanPrefetch({0, 7}, f.now, f.now + 5), SlotId::kNone);
+  EXPECT_FALSE(f.planner.Unprotect({0, 0}, f.now, /*layer=*/1)) << "a slot of another layer";
+  EXPECT_FALSE(f.planner.Unprotect({1, 0}, f.now, /*layer=*/1)) << "of the current plan";
+  EXPECT_FALSE(f.planner.Unprotect({0, 5}, f.now, /*layer=*/0)) << "not resident";
+  EXPECT_TRUE(f.planner.Unprotect({0, 1}, f.now, /*layer=*/0));
+  const SlotId slot = f.planner.PlanPrefetch({0, 7}, f.now, f.now + 5);
+  EXPECT_THAT(f.Residents(0), ElementsAre(0, 7));
+  EXPECT_FALSE(f.planner.Unprotect({0, 7}, f.now, /*layer=*/0)) << "in flight";
+  EXPECT_NE(slot, SlotId::kNone);
+}
+
 TEST(PlannerPrefetchTest, LeavesTheSlotOfARowThatFailedAlone) {
   Fixture f(1, 8, 2, kLruTop2);
   const Plan* plan = f.Begin(0, {0, 1});

@@ -37,13 +37,19 @@ class PrefetchBacklogTest : public testing::Test {
     backlog_.Add(slot, needed_at);
   }
 
-  std::vector<SlotId> TakeUndecided() {
-    std::vector<SlotId> taken;
-    taken.reserve(kSlots);
+  // Takes back what waits, and puts the rest behind, to be needed at tick `behind`.
+  std::vector<SlotId> EndUndecided(Tick behind) {
+    std::vector<SlotId> undecided;
+    undecided.reserve(kSlots);
     const int64_t before = num_allocations;
-    backlog_.TakeUndecided([&](SlotId slot) { taken.push_back(slot); });
+    backlog_.EndUndecided([&](SlotId slot, Tick) {
+      undecided.push_back(slot);
+      if (queue_.IsWaitingPrefetch(slot)) return queue_.Cancel(slot);
+      queue_.Reschedule(slot, behind);
+      return false;
+    });
     EXPECT_EQ(num_allocations, before);
-    return taken;
+    return undecided;
   }
 
   SlotTable table_{1, 2 * kSlots, kSlots};
@@ -52,7 +58,7 @@ class PrefetchBacklogTest : public testing::Test {
   int32_t next_expert_ = 0;
 };
 
-TEST_F(PrefetchBacklogTest, WhatWaitsCountsOnlyOnceItIsKept) {
+TEST_F(PrefetchBacklogTest, WhatIsQueuedCountsOnlyOnceItIsKept) {
   PostAndAdd(kA, 3);
   PostAndAdd(kB, 5);
   backlog_.Reopen(2);
@@ -65,23 +71,48 @@ TEST_F(PrefetchBacklogTest, WhatWaitsCountsOnlyOnceItIsKept) {
   EXPECT_EQ(backlog_.bytes_until(1), 0U);
   EXPECT_EQ(backlog_.bytes_until(2), kExpertBytes);
   EXPECT_EQ(backlog_.bytes_until(3), 2 * kExpertBytes);
-  EXPECT_THAT(TakeUndecided(), ElementsAre(kA));
+  EXPECT_THAT(EndUndecided(9), ElementsAre(kA));
   backlog_.Reopen(2);
   EXPECT_FALSE(backlog_.IsUndecided(kA, 3)) << "it was taken back";
   EXPECT_TRUE(backlog_.IsUndecided(kB, 5));
 }
 
-TEST_F(PrefetchBacklogTest, WhatHasBegunIsDecided) {
+TEST_F(PrefetchBacklogTest, OfWhatHasBegunTheRestIsDecided) {
   PostAndAdd(kA, 3);
   PostAndAdd(kB, 3);
   queue_.Next();
   backlog_.Reopen(2);
+  EXPECT_EQ(backlog_.bytes_until(8), 0U);
+  EXPECT_TRUE(backlog_.IsUndecided(kA, 3));
+  backlog_.Keep(kA, 1);
   EXPECT_EQ(backlog_.bytes_until(0), 0U);
-  EXPECT_EQ(backlog_.bytes_until(1), kExpertBytes - kChunkBytes) << "that has still to come";
-  EXPECT_THAT(TakeUndecided(), ElementsAre(kB));
+  EXPECT_EQ(backlog_.bytes_until(1), kExpertBytes - kChunkBytes);
+  EXPECT_THAT(EndUndecided(9), ElementsAre(kB));
 }
 
-TEST_F(PrefetchBacklogTest, SettledIsAllButWhatWaits) {
+TEST_F(PrefetchBacklogTest, WhatWasPutBehindIsDecidedAnewByItsOwnNeed) {
+  PostAndAdd(kA, 5);
+  queue_.Next();
+  backlog_.Reopen(2);
+  EXPECT_THAT(EndUndecided(11), ElementsAre(kA));
+  EXPECT_EQ(queue_.needed_at(kA), 11);
+  backlog_.Reopen(3);
+  EXPECT_EQ(backlog_.bytes_until(8), 0U);
+  EXPECT_TRUE(backlog_.IsUndecided(kA, 5));
+  backlog_.Keep(kA, 2);
+  EXPECT_THAT(EndUndecided(12), IsEmpty());
+}
+
+TEST_F(PrefetchBacklogTest, WhatIsHandedOutIsNotDecidedAnyMore) {
+  PostAndAdd(kA, 5);
+  for (size_t bytes = 0; bytes < kExpertBytes; bytes += kChunkBytes) {
+    queue_.Finish(*queue_.Next(), true);
+  }
+  backlog_.Reopen(2);
+  EXPECT_THAT(EndUndecided(9), IsEmpty());
+}
+
+TEST_F(PrefetchBacklogTest, SettledIsAllButWhatWaitsOrWasPutBehind) {
   PostAndAdd(kA, 3);
   PostAndAdd(kB, 4);
   EXPECT_EQ(backlog_.settled_bytes(), 0U);
@@ -89,6 +120,8 @@ TEST_F(PrefetchBacklogTest, SettledIsAllButWhatWaits) {
   EXPECT_EQ(backlog_.settled_bytes(), kExpertBytes - kChunkBytes);
   Post(kC, 5);
   EXPECT_EQ(backlog_.settled_bytes(), 2 * kExpertBytes - kChunkBytes) << "somebody else's stays";
+  queue_.Reschedule(kA, 9);
+  EXPECT_EQ(backlog_.settled_bytes(), kExpertBytes) << "it is behind now";
 }
 
 TEST_F(PrefetchBacklogTest, WhatADemandTookOverIsNoPrefetch) {
@@ -97,14 +130,14 @@ TEST_F(PrefetchBacklogTest, WhatADemandTookOverIsNoPrefetch) {
   EXPECT_EQ(backlog_.settled_bytes(), kExpertBytes);
   backlog_.Reopen(3);
   EXPECT_EQ(backlog_.bytes_until(8), 0U);
-  EXPECT_THAT(TakeUndecided(), IsEmpty());
+  EXPECT_THAT(EndUndecided(9), IsEmpty());
 }
 
 TEST_F(PrefetchBacklogTest, WhatIsOverdueIsUndecidedLikeTheRest) {
   PostAndAdd(kA, 3);
   backlog_.Reopen(7);
   EXPECT_EQ(backlog_.bytes_until(0), 0U);
-  EXPECT_THAT(TakeUndecided(), ElementsAre(kA));
+  EXPECT_THAT(EndUndecided(9), ElementsAre(kA));
 }
 
 TEST_F(PrefetchBacklogTest, WhatSomebodyElsePostedStays) {
@@ -115,7 +148,7 @@ TEST_F(PrefetchBacklogTest, WhatSomebodyElsePostedStays) {
   Post(kC, 4);
   backlog_.Reopen(2);
   EXPECT_EQ(backlog_.bytes_until(2), 2 * kExpertBytes);
-  EXPECT_THAT(TakeUndecided(), IsEmpty());
+  EXPECT_THAT(EndUndecided(9), IsEmpty());
 }
 
 // Random transfers beside a model that remembers for each slot what was handed out.
@@ -126,14 +159,19 @@ class RandomBacklogTest : public PrefetchBacklogTest {
     bool is_ours;
     bool is_prefetch;
     size_t left_bytes;
+    Tick queued_for;  // later than needed_at if it was put behind
   };
 
   int32_t Draw(int32_t lowest, int32_t highest) {
     return std::uniform_int_distribution<int32_t>(lowest, highest)(random_);
   }
 
-  bool Waits(const Transfer& transfer) const {
-    return transfer.is_ours && transfer.is_prefetch && transfer.left_bytes == kExpertBytes;
+  static bool IsDecided(const Transfer& transfer) {
+    return transfer.is_ours && transfer.is_prefetch && transfer.left_bytes > 0;
+  }
+  static bool IsSettled(const Transfer& transfer) {
+    return !IsDecided(transfer) ||
+           (transfer.left_bytes < kExpertBytes && transfer.queued_for == transfer.needed_at);
   }
 
   void Step() {
@@ -159,7 +197,7 @@ class RandomBacklogTest : public PrefetchBacklogTest {
     const Tick needed_at = now_ + Draw(1, PrefetchBacklog::kMaxDistance);
     const bool is_ours = Draw(0, 4) > 0;
     is_ours ? PostAndAdd(slot, needed_at) : Post(slot, needed_at);
-    transfers_[slot] = {needed_at, is_ours, true, kExpertBytes};
+    transfers_[slot] = {needed_at, is_ours, true, kExpertBytes, needed_at};
   }
 
   void CopyChunk() {
@@ -175,34 +213,40 @@ class RandomBacklogTest : public PrefetchBacklogTest {
     backlog_.Reopen(now_);
     EXPECT_EQ(num_allocations, before);
     std::map<SlotId, Transfer> counted;
-    size_t counted_bytes = 0;
+    size_t expected_bytes = 0;
     for (const auto& [slot, transfer] : transfers_) {
-      EXPECT_EQ(backlog_.IsUndecided(slot, transfer.needed_at), Waits(transfer));
-      if (Waits(transfer)) continue;
-      counted[slot] = transfer;
-      counted_bytes += transfer.left_bytes;
+      EXPECT_EQ(backlog_.IsUndecided(slot, transfer.needed_at), IsDecided(transfer));
+      if (!IsDecided(transfer)) counted[slot] = transfer;
+      if (IsSettled(transfer)) expected_bytes += transfer.left_bytes;
     }
-    EXPECT_EQ(settled_bytes, counted_bytes);
+    EXPECT_EQ(settled_bytes, expected_bytes);
     CheckBytes(counted);
     std::vector<SlotId> expected;
-    for (const auto& [slot, transfer] : transfers_) {
-      if (!Waits(transfer)) continue;
+    for (auto& [slot, transfer] : transfers_) {
+      if (!IsDecided(transfer)) continue;
       const auto distance = static_cast<int32_t>(transfer.needed_at - now_);
       if (distance > 0 && Draw(0, 1)) {
         backlog_.Keep(slot, distance);
+        queue_.Reschedule(slot, transfer.needed_at);
+        transfer.queued_for = transfer.needed_at;
         counted[slot] = transfer;
       } else {
         expected.push_back(slot);
       }
     }
     CheckBytes(counted);
-    std::vector<SlotId> taken = TakeUndecided();
-    std::ranges::sort(taken);
-    EXPECT_EQ(taken, expected);
-    for (const SlotId slot : taken) {
-      EXPECT_TRUE(queue_.Cancel(slot));
-      transfers_.erase(slot);
-      ++num_taken_;
+    const Tick behind = now_ + PrefetchBacklog::kMaxDistance + 1;
+    std::vector<SlotId> undecided = EndUndecided(behind);
+    std::ranges::sort(undecided);
+    EXPECT_EQ(undecided, expected);
+    for (const SlotId slot : undecided) {
+      if (transfers_.at(slot).left_bytes == kExpertBytes) {
+        transfers_.erase(slot);
+        ++num_taken_;
+      } else {
+        transfers_.at(slot).queued_for = behind;
+        ++num_put_behind_;
+      }
     }
   }
 
@@ -220,6 +264,7 @@ class RandomBacklogTest : public PrefetchBacklogTest {
   std::map<SlotId, Transfer> transfers_;  // the last of each slot
   Tick now_ = 0;
   int num_taken_ = 0;
+  int num_put_behind_ = 0;
 };
 
 TEST_F(RandomBacklogTest, CountsAndTakesAsTheModel) {
@@ -229,6 +274,7 @@ TEST_F(RandomBacklogTest, CountsAndTakesAsTheModel) {
     if (Draw(0, 3) > 0) DecideAnew();
   }
   EXPECT_GT(num_taken_, 1000);
+  EXPECT_GT(num_put_behind_, 50);
 }
 
 }  // namespace

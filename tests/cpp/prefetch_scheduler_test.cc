@@ -159,32 +159,51 @@ class PrefetchSchedulerTest : public testing::Test {
 
 TEST_F(PrefetchSchedulerTest, AdmitsNothingBeforeTheLinkIsMeasured) {
   EXPECT_EQ(scheduler_.BeginLayer({.compute_us = 100.0, .num_fetched = 1}), 0);
-  EXPECT_FALSE(scheduler_.Admits({1, 0, 1.0F}, 0.0));
+  EXPECT_FALSE(scheduler_.Admits({1, 0, 1.0F}, kExpertBytes, 0));
 }
 
 TEST_F(PrefetchSchedulerTest, WeighsNeedAgainstWhatFitsBeforeTheLayer) {
   Layer(1, 0);  // a transfer takes 100 us, as a layer does; the price is about 1/4
-  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.22F}, 0.0));  // 1/5 is the border
-  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.18F}, 0.0));
+  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.22F}, kExpertBytes, 0));  // 1/5 is the border
+  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.18F}, kExpertBytes, 0));
   // With half an expert ahead only half of it is hidden: 1/3 is the border.
-  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.36F}, 0.5 * kExpertBytes));
-  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.3F}, 0.5 * kExpertBytes));
+  EXPECT_TRUE(scheduler_.Admits({1, 0, 0.36F}, kExpertBytes, kExpertBytes / 2));
+  EXPECT_FALSE(scheduler_.Admits({1, 0, 0.3F}, kExpertBytes, kExpertBytes / 2));
   // The link has no time left before the layer, even for what is needed for sure.
-  EXPECT_FALSE(scheduler_.Admits({1, 0, 1.0F}, 1.0 * kExpertBytes));
-  EXPECT_TRUE(scheduler_.Admits({2, 0, 0.22F}, 1.0 * kExpertBytes));
+  EXPECT_FALSE(scheduler_.Admits({1, 0, 1.0F}, kExpertBytes, kExpertBytes));
+  EXPECT_TRUE(scheduler_.Admits({2, 0, 0.22F}, kExpertBytes, kExpertBytes));
 }
 
 TEST_F(PrefetchSchedulerTest, HasTimeForWhatFitsBeforeTheLayer) {
   Layer(1, 0);  // a transfer takes 100 us, as a layer does
-  EXPECT_TRUE(scheduler_.HasTimeFor(0.0, 1));
-  EXPECT_FALSE(scheduler_.HasTimeFor(0.5 * kExpertBytes, 1));
-  EXPECT_TRUE(scheduler_.HasTimeFor(1.0 * kExpertBytes, 2));
+  EXPECT_TRUE(scheduler_.HasTimeFor(kExpertBytes, 1));
+  EXPECT_FALSE(scheduler_.HasTimeFor(3 * kExpertBytes / 2, 1));
+  EXPECT_TRUE(scheduler_.HasTimeFor(2 * kExpertBytes, 2));
 }
 
 TEST_F(PrefetchSchedulerTest, PriceRisesToItsLimitWherePrefetchesAreWasted) {
   for (int i = 0; i < 5000; ++i) Layer(0, 1);
   EXPECT_EQ(scheduler_.price(), PrefetchScheduler::kMaxPrice);
   EXPECT_GT(scheduler_.horizon(), 0) << "to end is for the trial";
+}
+
+// Regretted evictions cost what fetches stall: next to nothing where nearly all are hidden.
+TEST_F(PrefetchSchedulerTest, PriceRisesWithRegretOnlyWhereFetchesStall) {
+  for (const double stall_us : {100.0, 1.0}) {
+    PrefetchScheduler scheduler({.max_horizon = 8, .max_fetched = 4, .expert_bytes = kExpertBytes});
+    for (int i = 0; i < 5000; ++i) {
+      scheduler.BeginLayer({.compute_us = 100.0,
+                            .stall_us = stall_us,
+                            .num_fetched = 1,
+                            .num_prefetch_used = 1,
+                            .num_prefetch_regretted = 1,
+                            .moved_bytes = 1.0 * kExpertBytes,
+                            .bytes_per_second = 80e9});  // 100 us a transfer
+    }
+    const double expected =
+        stall_us > 50.0 ? PrefetchScheduler::kMaxPrice : PrefetchScheduler::kMinPrice;
+    EXPECT_EQ(scheduler.price(), expected) << stall_us << " us of stall a fetch";
+  }
 }
 
 // The 200 us of stall a layer are 2048 transfers in the balance, and its margin 20.

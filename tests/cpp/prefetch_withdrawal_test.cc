@@ -60,7 +60,9 @@ class RandomDecoding {
     for (int32_t s = 0; s < num_slots_; ++s) EXPECT_TRUE(queue_.IsIdle(SlotId{s}));
   }
 
-  // Prefetches that were decided anew; restored: withdrawn ones whose victim is there again.
+  // Prefetches that were decided anew; restored: withdrawn ones whose victim is there again;
+  // dropped: those that had begun, and were overdue.
+  int num_dropped() const { return num_dropped_; }
   int num_kept() const { return num_kept_; }
   int num_withdrawn() const { return num_withdrawn_; }
   int num_restored() const { return num_restored_; }
@@ -124,25 +126,39 @@ class RandomDecoding {
             0.5F + 0.01F * static_cast<float>(Draw(0, 50));
       }
     }
-    const std::vector<SlotState> states(table_.view().slot_state,
-                                        table_.view().slot_state + num_slots_);
-    const std::vector<ExpertIndex> experts(table_.view().slot_expert,
-                                           table_.view().slot_expert + num_slots_);
+    std::vector<Before> before_decision;
+    for (int32_t s = 0; s < num_slots_; ++s) {
+      const SlotTableView& table = table_.view();
+      before_decision.push_back({table.slot_state[s], table.slot_expert[s],
+                                 queue_.HasChunksOut(SlotId{s}),
+                                 needed_at_[static_cast<size_t>(s)]});
+    }
     const int64_t before = num_allocations;
     prefetcher_.PrefetchNeeded(need_, post_);
     EXPECT_EQ(num_allocations, before);
     for (int32_t s = 0; s < num_slots_; ++s) {
-      CheckDecision(SlotId{s}, states[static_cast<size_t>(s)], experts[static_cast<size_t>(s)]);
+      CheckDecision(SlotId{s}, before_decision[static_cast<size_t>(s)]);
     }
     CheckSlots();
   }
 
-  void CheckDecision(SlotId slot, SlotState state_before, ExpertIndex expert_before) {
+  struct Before {
+    SlotState state;
+    ExpertIndex expert;
+    bool has_chunks_out;
+    Tick needed_at;
+  };
+
+  void CheckDecision(SlotId slot, const Before& before) {
     const SlotState state = table_.view().slot_state[Index(slot)];
     const ExpertIndex expert = table_.view().slot_expert[Index(slot)];
-    const bool is_changed = expert != expert_before;
-    EXPECT_FALSE(is_changed && state_before == SlotState::kSubmitted) << "it had begun";
-    if (state_before == SlotState::kPosted) {
+    const bool is_changed = expert != before.expert;
+    if (before.state == SlotState::kSubmitted && is_changed) {
+      EXPECT_FALSE(before.has_chunks_out) << "something is copied into it";
+      EXPECT_LE(before.needed_at, now_) << "it may still be needed";
+      ++num_dropped_;
+    }
+    if (before.state == SlotState::kPosted) {
       num_withdrawn_ += is_changed;
       num_restored_ += is_changed && state == SlotState::kReady;
       num_kept_ += !is_changed && queue_.IsWaitingPrefetch(slot);
@@ -216,14 +232,14 @@ class RandomDecoding {
   std::vector<Chunk> out_;
   int32_t layer_ = 0;
   Tick now_ = 0;
-  int num_kept_ = 0, num_withdrawn_ = 0, num_restored_ = 0;
+  int num_kept_ = 0, num_withdrawn_ = 0, num_restored_ = 0, num_dropped_ = 0;
 };
 
 class PrefetchWithdrawalTest : public testing::TestWithParam<PolicyAndScope> {};
 
 TEST_P(PrefetchWithdrawalTest, SlotsHoldWhatTheyAreSaidTo) {
   const auto [policy, scope] = GetParam();
-  int kept = 0, withdrawn = 0, restored = 0;
+  int kept = 0, withdrawn = 0, restored = 0, dropped = 0;
   for (uint32_t seed = 0; seed < 20 && !HasFailure(); ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     RandomDecoding decoding(seed, policy, scope);
@@ -231,11 +247,13 @@ TEST_P(PrefetchWithdrawalTest, SlotsHoldWhatTheyAreSaidTo) {
     kept += decoding.num_kept();
     withdrawn += decoding.num_withdrawn();
     restored += decoding.num_restored();
+    dropped += decoding.num_dropped();
   }
   const bool prefetches = policy != PolicyKind::kOnDemand;
   EXPECT_EQ(kept > 100, prefetches) << kept;
   EXPECT_EQ(withdrawn > 100, prefetches) << withdrawn;
   EXPECT_EQ(restored > 100, prefetches) << restored;
+  EXPECT_EQ(dropped > 100, prefetches) << dropped;
 }
 
 INSTANTIATE_TEST_SUITE_P(AllPolicies, PrefetchWithdrawalTest, EveryPolicyAndScope(),

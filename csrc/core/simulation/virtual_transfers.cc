@@ -60,7 +60,9 @@ void VirtualTransfers::EndFirstCopy() {
                     static_cast<double>(copy.end_ns) * 1e-3);
   const TransferStatus status = queue_.Finish(copy.chunk, /*succeeded=*/true);
   if (status == TransferStatus::kDone) planner_.Publish(copy.chunk.slot);
-  if (status == TransferStatus::kDropped) Drop(copy.chunk.slot);
+  if (status == TransferStatus::kDropped) {
+    planner_.Drop(copy.chunk.slot, queue_.copied_bytes(copy.chunk.slot));
+  }
   StartCopies(copy.end_ns);
 }
 
@@ -96,22 +98,14 @@ int64_t VirtualTransfers::WaitUntilReady(SlotId slot, int64_t now_ns) {
 int64_t VirtualTransfers::CancelAll(int64_t now_ns) {
   for (int32_t s = 0; s < table_.num_slots; ++s) {
     const SlotId slot{s};
-    if (!queue_.IsIdle(slot) && queue_.Cancel(slot)) Drop(slot);
+    if (queue_.IsIdle(slot)) continue;
+    if (queue_.Cancel(slot)) planner_.Drop(slot, queue_.copied_bytes(slot));
   }
   while (!copies_.empty()) {
     now_ns = std::max(now_ns, copies_.front().end_ns);
     EndFirstCopy();
   }
   return now_ns;
-}
-
-void VirtualTransfers::Drop(SlotId slot) {
-  if (table_.slot_unused[Index(slot)]) {
-    const ExpertId expert = ToId(table_, table_.slot_expert[Index(slot)]);
-    planner_.statistics(expert.layer).wasted_prefetch_bytes +=
-        static_cast<int64_t>(queue_.copied_bytes(slot));
-  }
-  planner_.Drop(slot);
 }
 
 }  // namespace expertflow

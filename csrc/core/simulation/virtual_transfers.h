@@ -61,7 +61,6 @@ class VirtualTransfers {
   int64_t DurationNs(size_t num_bytes) const;
   void StartCopies(int64_t now_ns);
   void EndFirstCopy();
-  void Drop(SlotId slot);
 
   SlotTableView table_;
   Planner& planner_;

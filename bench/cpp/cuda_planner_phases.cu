@@ -11,7 +11,7 @@ struct TimedBlock : CudaBlock {
   int64_t* phase_cycles;
 
   __device__ void Mark(PlanPhase phase) {
-    __shared__ int64_t stamps[kNumPlanPhases][kMaxBlockWarps];
+    __shared__ int64_t stamps[kNumPlanPhases][kMaxWarps];
     if (thread() % kWarpSize == 0) stamps[Number(phase)][thread() / kWarpSize] = clock64();
     if (phase != PlanPhase::kDone) return;
     Sync();

@@ -33,14 +33,14 @@ class BlockPlanWriter {
         rows_(rows),
         now_(clock.now + 1) {}
 
-  // A thread of a warp that has few rows to write, or none.
+  // The thread that writes what the plan has once: headers and counts. Its warp has few rows.
   EXPERTFLOW_DEVICE static int32_t Bookkeeper(const Block& block) {
     return block.num_threads() / 2;
   }
 
-  // Called by all threads. `expert` is that of the thread's id, and `key` is its, and used_key(an
-  // expert, its key) the key that an expert of the plan has from now on. Rows are hits, then late
-  // hits, then misses, each in order of first appearance.
+  // Called by all threads. `expert` is that of the thread's id, and `key` the expert's key.
+  // used_key(expert, key) returns the key that an expert of the plan has from now on. Rows are
+  // hits, then late hits, then misses, each in order of first appearance.
   template <class UsedKey>
   EXPERTFLOW_DEVICE void Write(LayerPlanStatus status, int32_t expert, int64_t key,
                                const UsedKey& used_key) {

@@ -19,7 +19,7 @@
 
 // Plans one layer of a decode step with a block of threads, as Planner::PlanLayer does, from the
 // same functions (core/planning.h). `Block` is what core/block_selection.h says, with
-// - WaitForPrevious(), before which nothing is read that the work before it in the stream writes,
+// - WaitForPrevious(), before which nothing is used that the work before it in the stream writes,
 // - SyncWarp(),
 // - a barrier of one use for some threads: one thread calls Expect(word, num_arrivals) before a
 //   Sync(), behind which so many threads call Arrive(word) and any may call Await(word),
@@ -99,7 +99,7 @@ class BlockPlanner {
     return reinterpret_cast<int32_t*>(of_layer_ + planning_.table.num_experts);
   }
 
-  // Reads nothing that the kernel before writes.
+  // Uses nothing that the kernel before writes: of weights see BlockNeedScores::CopyWeights.
   EXPERTFLOW_DEVICE void PrepareShared() {
     EXPERTFLOW_NO_UNROLL
     for (int32_t e = thread_; e < planning_.table.num_experts; e += block_.num_threads()) {

@@ -14,6 +14,8 @@
 
 namespace expertflow {
 
+static_assert(kMaxBlockVictims >= kMaxRoutedIds);
+
 // Lies in the shared memory of the block.
 struct BlockPlannerShared {
   BlockSelection selection;

@@ -22,7 +22,6 @@
 
 namespace expertflow {
 
-constexpr int32_t kMaxBlockWarps = 32;
 constexpr int32_t kMaxBlockVictims = 512;
 
 // Lies in the shared memory of the block.

@@ -37,10 +37,10 @@ EXPERTFLOW_DEVICE uint32_t Smallest(const uint32_t (&orders)[kCount]) {
   return smallest;
 }
 
-// Never decreases with the rank, `key` or above all others if protected, nor, at equal ranks, with
-// the slot. Tells keys apart that lie within 2^(30 - kTieBits) of `origin`, of empty slots the
-// first, and by kTieBits the first slots of equal keys; the rest is left to the list. In few
-// instructions of 32 bits.
+// Grows with (rank, slot), or stays; the rank is `key`, or above all that are not protected. Tells
+// keys apart that lie within 2^(30 - kTieBits) of `origin`, of empty slots the first, and by
+// kTieBits the first slots of equal keys; the rest is left to the list. In few instructions of 32
+// bits.
 template <int32_t kTieBits>
 EXPERTFLOW_HD inline uint32_t OrderOf(int64_t key, int32_t slot, bool is_protected,
                                       int64_t origin) {

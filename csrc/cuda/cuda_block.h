@@ -15,6 +15,7 @@ namespace expertflow {
 struct CudaBlock {
   static constexpr int32_t kWarpSize = 32;
   static constexpr int32_t kMaxThreads = 640;  // with 96 registers each
+  static constexpr int32_t kMaxWarps = kMaxThreads / kWarpSize;
   static constexpr unsigned kAllLanes = 0xffffffffU;
 
   __device__ int32_t thread() const { return static_cast<int32_t>(threadIdx.x); }

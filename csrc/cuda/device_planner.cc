@@ -28,7 +28,8 @@ DevicePlanner::DevicePlanner(int32_t num_layers, int32_t num_experts, int32_t nu
       clock_(reinterpret_cast<PlanClock*>(clock_memory_.data())),
       planning_(MakePlanningView(config, table_.view(),
                                  reinterpret_cast<const int32_t*>(log2_table_.data()),
-                                 reinterpret_cast<LayerStatistics*>(statistics_.data()))) {
+                                 reinterpret_cast<LayerStatistics*>(statistics_.data()))),
+      top_k_(config.top_k) {
   if (config.policy == PolicyKind::kPredictedNeed) {
     need_ = std::make_unique<DeviceNeedState>(num_layers, num_experts, config.top_k, num_slots);
     planning_.need = need_->view();
@@ -46,6 +47,11 @@ void DevicePlanner::PlanLayer(int32_t layer, const RoutedIds& ids, LayerPlan* pl
   if (unlearned_layer_) {
     throw std::logic_error("Learn was not called after the last plan, of layer " +
                            std::to_string(*unlearned_layer_));
+  }
+  if (ids.count % top_k_ != 0 || ids.count > kMaxDecodeTokens * top_k_) {
+    throw std::invalid_argument(
+        "the planner kernel plans 0 to " + std::to_string(kMaxDecodeTokens) + " tokens of " +
+        std::to_string(top_k_) + " routed ids each, not " + std::to_string(ids.count) + " ids");
   }
   LaunchPlanLayer(planning_,
                   {.layer = layer,

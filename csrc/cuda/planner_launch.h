@@ -49,6 +49,7 @@ inline void CheckPlannable(bool holds, const char* what, int64_t value, int64_t 
 // What a kernel that copies weights may have beside its variables, on any device of compute
 // capability 8.0 and up: room for all copies that NumCopiedWords allows, and for their experts.
 constexpr int kMaxSharedBytes = 72 * 1024;
+static_assert(kMaxSharedBytes + sizeof(BlockPlannerShared) <= 99 * 1024);
 
 // Shared memory for copies of weights, which comes on top of what other kernels have.
 inline size_t CopiedBytes(const PlanningView& planning) {
@@ -76,15 +77,14 @@ inline void CheckNeedModel(const PlanningView& planning) {
 // token's victims in one pass.
 inline int32_t NumPlannerThreads(const PlanningView& planning, const LayerPlanRequest& request) {
   constexpr int32_t kMinWarps = 8;
-  constexpr int32_t kMaxWarps = CudaBlock::kMaxThreads / CudaBlock::kWarpSize;
-  static_assert(kMaxWarps <= kMaxBlockWarps && CudaBlock::kMaxThreads >= kMaxRoutedIds);
+  static_assert(CudaBlock::kMaxThreads >= kMaxRoutedIds);
   const int32_t num_reads = NumSlotReads(RangeOf(planning, request.layer));
   const int32_t num_experts = planning.table.num_experts;
   const bool scores = planning.policy == PolicyKind::kPredictedNeed;
   const int32_t for_slots = scores ? num_reads + num_experts : num_reads;
   const int32_t wanted = std::max({for_slots, num_experts, request.ids.count});
   const int32_t num_warps = (wanted + CudaBlock::kWarpSize - 1) / CudaBlock::kWarpSize;
-  return std::clamp(num_warps, kMinWarps, kMaxWarps) * CudaBlock::kWarpSize;
+  return std::clamp(num_warps, kMinWarps, CudaBlock::kMaxWarps) * CudaBlock::kWarpSize;
 }
 
 // Throws as LaunchPlanLayer does.

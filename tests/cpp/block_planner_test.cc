@@ -6,12 +6,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -62,7 +61,7 @@ class HostNeedState {
   }
 
  private:
-  // Calls visit(array, its bytes) for all that kernels write.
+  // Calls visit(array, its bytes) for all of the need state that kernels write.
   template <class Visit>
   void ForEach(const Visit& visit) {
     NeedState state = arrays_.state();
@@ -120,8 +119,14 @@ class CpuBlockPlanner {
       int32_t* words = SharedWords(NumPlannerWords(planning_));
       const int32_t num_threads = NumThreads(request.ids.count);
       const bool is_one_tile = IsOneTile(planning_, layer, num_threads);
-      // The last lesson may still run when the plan begins.
-      need_.Exchange();
+      // The last lesson may still run when the plan begins, or have ended.
+      const bool still_learns =
+          planning_.policy == PolicyKind::kPredictedNeed && clock_.sequence % 3 > 0;
+      std::function<void()> end_lesson;
+      if (still_learns) {
+        need_.Exchange();
+        end_lesson = [this] { need_.Exchange(); };
+      }
       RunHostBlock(
           num_threads,
           [&](HostBlock& block) {
@@ -131,7 +136,7 @@ class CpuBlockPlanner {
             };
             is_one_tile ? run(std::true_type()) : run(std::false_type());
           },
-          [this] { need_.Exchange(); });
+          end_lesson);
     });
     ExpectEqualPlans(host_plan_, plan_);
     if (planning_.policy == PolicyKind::kPredictedNeed) Learn(layer);
@@ -142,6 +147,7 @@ class CpuBlockPlanner {
   void CopyTableFrom(const SlotTable& from) { CopyTable(from.view(), table_.view()); }
   std::vector<LayerStatistics> Statistics() const { return statistics_; }
   void SetTick(Tick now) { clock_.now = now; }
+  Tick now() const { return clock_.now; }
 
  private:
   void Learn(int32_t layer) {

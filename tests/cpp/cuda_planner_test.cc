@@ -86,6 +86,7 @@ class GpuPlanner {
   void CopyTableFrom(const SlotTable& from) { planner_.table().CopyFrom(from); }
   std::vector<LayerStatistics> Statistics() const { return planner_.ReadStatistics(); }
   void SetTick(Tick now) { planner_.SetTick(now); }
+  Tick now() const { return planner_.ReadClock().now; }
 
  private:
   DevicePlanner planner_;
@@ -120,6 +121,12 @@ TEST_P(PlannerKernelTest, DecidesAlikeOnTablesOfManySlots) {
   const auto [policy, scope] = GetParam();
   PairedPlanners<GpuPlanner>(Shape{12, 512, 10, 5000}, policy, scope).RunSkewed(30);
   PairedPlanners<GpuPlanner>(Shape{3, 256, 8, 700}, policy, scope).RunRandom(60);
+}
+
+TEST_P(PlannerKernelTest, DecidesAlikeForAsManyIdsAsItMay) {
+  const auto [policy, scope] = GetParam();
+  PairedPlanners<GpuPlanner>(Shape{2, 512, kMaxRoutedIds / kMaxDecodeTokens, 1000}, policy, scope)
+      .RunRandom(60);
 }
 
 TEST_P(PlannerKernelTest, DecidesAlikeOnRecordedRouting) {
@@ -170,6 +177,8 @@ TEST_F(PlannerKernelRefusalTest, WhatDoesNotFitTheKernelIsAnError) {
   EXPECT_THROW(enqueue(2, 2), std::invalid_argument);
   EXPECT_THROW(enqueue(-1, 2), std::invalid_argument);
   EXPECT_THROW(enqueue(0, kMaxRoutedIds + 1), std::invalid_argument);
+  EXPECT_THROW(enqueue(0, 3), std::invalid_argument) << "not whole tokens";
+  EXPECT_THROW(enqueue(0, 2 * (kMaxDecodeTokens + 1)), std::invalid_argument) << "a prompt";
   EXPECT_THROW(DevicePlanner(2, 8, 1, config), std::invalid_argument);
   EXPECT_THROW(LaunchLearnNeeds(planner.planning(), 2, nullptr), std::invalid_argument);
   EXPECT_THROW(LaunchLearnNeeds(planner.planning(), 0, nullptr), std::invalid_argument);
@@ -218,7 +227,7 @@ using GraphExec = std::unique_ptr<std::remove_pointer_t<cudaGraphExec_t>, Destro
 template <class Enqueue>
 GraphExec Capture(const CudaStream& stream, const Enqueue& enqueue) {
   cudaGraph_t graph;
-  EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeRelaxed));
+  EXPERTFLOW_CUDA_CHECK(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeGlobal));
   enqueue();
   EXPERTFLOW_CUDA_CHECK(cudaStreamEndCapture(stream.get(), &graph));
   const Graph captured(graph);
@@ -262,14 +271,16 @@ DevicePlanner MakePlanner(const Shape& shape, PolicyKind policy) {
 
 // Plans and learns on a stream of its own.
 struct PlanningStream {
-  void PlanLayer(DevicePlanner& planner, int32_t layer, const StepIds& ids) {
+  void PlanLayer(DevicePlanner& planner, int32_t layer, const StepIds& ids,
+                 LayerPlan* host_plan = nullptr) {
     planner.PlanLayer(layer, ids.of_layer(layer), reinterpret_cast<LayerPlan*>(plan.data()),
-                      nullptr, MissFetch::kSameStream, stream.get());
+                      host_plan, MissFetch::kSameStream, stream.get());
     planner.Learn(layer, stream.get());
   }
 
   CudaStream stream;
   DeviceMemory plan{sizeof(LayerPlan), "a plan"};
+  PinnedMemory host_memory{sizeof(LayerPlan)};
 };
 
 void ExpectReplaysDecideAsSingleLaunches(const Shape& shape, PolicyKind policy, int num_tokens) {
@@ -277,8 +288,12 @@ void ExpectReplaysDecideAsSingleLaunches(const Shape& shape, PolicyKind policy, 
   DevicePlanner launched = MakePlanner(shape, policy);
   StepIds ids(shape);
   PlanningStream on;
+  auto* host_plan = new (on.host_memory.data()) LayerPlan{};
   const GraphExec step = Capture(on.stream, [&] {
-    for (int32_t layer = 0; layer < shape.num_layers; ++layer) on.PlanLayer(replayed, layer, ids);
+    for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
+      const bool is_last = layer == shape.num_layers - 1;
+      on.PlanLayer(replayed, layer, ids, is_last ? host_plan : nullptr);
+    }
   });
   SlotTable of_replayed(shape.num_layers, shape.num_experts, shape.num_slots);
   SlotTable of_launched(shape.num_layers, shape.num_experts, shape.num_slots);
@@ -287,6 +302,7 @@ void ExpectReplaysDecideAsSingleLaunches(const Shape& shape, PolicyKind policy, 
     EXPERTFLOW_CUDA_CHECK(cudaGraphLaunch(step.get(), on.stream.get()));
     on.stream.Synchronize();
     const LayerPlan last_replayed = CopyOut(on.plan);
+    ExpectEqualPlans(*host_plan, last_replayed);
     for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
       on.PlanLayer(launched, layer, ids);
       on.stream.Synchronize();
@@ -317,11 +333,16 @@ TEST_P(PlannerKernelGraphTest, ReplaysDecideAsSingleLaunches) {
   }
 }
 
-constexpr PolicyKind kGraphPolicies[] = {PolicyKind::kDecayedFrequency, PolicyKind::kPredictedNeed};
-INSTANTIATE_TEST_SUITE_P(Policies, PlannerKernelGraphTest,
-                         testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(40)));
+INSTANTIATE_TEST_SUITE_P(
+    Policies, PlannerKernelGraphTest,
+    testing::Combine(testing::Values(PolicyKind::kLru, PolicyKind::kDecayedFrequency,
+                                     PolicyKind::kTwoLevelLru, PolicyKind::kOnDemand,
+                                     PolicyKind::kPredictedNeed),
+                     testing::Values(40)));
 INSTANTIATE_TEST_SUITE_P(Small, PlannerKernelGraphTest,
-                         testing::Combine(testing::ValuesIn(kGraphPolicies), testing::Values(6)));
+                         testing::Combine(testing::Values(PolicyKind::kDecayedFrequency,
+                                                          PolicyKind::kPredictedNeed),
+                                          testing::Values(6)));
 
 using PlannerKernelThreadsTest = CudaTest;
 

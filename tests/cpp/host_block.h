@@ -2,7 +2,6 @@
 // by the thread sanitizer, where there is no GPU.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <cstddef>
@@ -74,6 +73,7 @@ class HostBlock {
   }
 
   void WaitForPrevious() {
+    if (!state_.end_previous) return;  // no barrier that a CUDA block does not have
     Sync();
     if (thread_ == 0) state_.end_previous();
     Sync();
@@ -118,11 +118,12 @@ class HostBlock {
   const int32_t thread_;
 };
 
-// Runs `body(block)` on `num_threads` threads, a multiple of the warps' size. What the work before
-// it in the stream writes is there once `end_previous` has run, when all wait for it.
+// Runs `body(block)` on `num_threads` threads, a multiple of the warps' size. If there is an
+// `end_previous`, it runs when all wait for the work before them in the stream, and is the end of
+// that.
 template <class Body>
-void RunHostBlock(
-    int32_t num_threads, const Body& body, std::function<void()> end_previous = [] {}) {
+void RunHostBlock(int32_t num_threads, const Body& body,
+                  std::function<void()> end_previous = nullptr) {
   HostBlockState state(num_threads, HostBlock::kWarpSize, std::move(end_previous));
   std::vector<std::jthread> threads;
   for (int32_t t = 0; t < num_threads; ++t) {

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <random>
 #include <span>
@@ -96,7 +95,7 @@ inline auto Counts(const LayerStatistics& counts) {
 
 // `BlockPlanner` has a table of its own and, beside the constructor (shape, config),
 // PlanLayer(layer, ids, fetch), which returns a LayerPlan, CopyTableTo and
-// CopyTableFrom(SlotTable&), Statistics() and SetTick(now).
+// CopyTableFrom(SlotTable&), Statistics(), now() and SetTick(now).
 template <class BlockPlanner>
 class PairedPlanners {
  public:
@@ -199,14 +198,15 @@ class PairedPlanners {
   // The host's planner is not asked: nothing may change.
   void RefuseBadId(int32_t layer) {
     std::vector<int64_t> ids = RandomIds();
-    ids.resize(std::max<size_t>(ids.size(), 1));
+    ids.resize(std::max(ids.size(), static_cast<size_t>(shape_.top_k)));
     ids[static_cast<size_t>(Draw(0, static_cast<int32_t>(std::ssize(ids)) - 1))] =
         shape_.num_experts;
-    on_block_.SetTick(now_);
+    const std::vector<LayerStatistics> before = on_block_.Statistics();
     ASSERT_EQ(on_block_.PlanLayer(layer, ids, MissFetch::kTransfer).status,
               LayerPlanStatus::kBadExpertId);
     on_block_.CopyTableTo(found_table_);
     ExpectEqualTables(found_table_.view(), table_.view());
+    ExpectNothingCounted(before);
   }
 
   // Plans a layer with both and compares. Returns the host's plan, walked to its end if it has
@@ -214,7 +214,6 @@ class PairedPlanners {
   const Plan* PlanBoth(int32_t layer, const std::vector<int64_t>& ids, MissFetch fetch) {
     const std::vector<LayerStatistics> found_before = on_block_.Statistics();
     const std::vector<LayerStatistics> before = planner_.statistics();
-    on_block_.SetTick(now_);
     const LayerPlan& found = on_block_.PlanLayer(layer, ids, fetch);
     on_block_.CopyTableTo(found_table_);
     if (found.status == LayerPlanStatus::kNeedsWaves) {
@@ -222,12 +221,18 @@ class PairedPlanners {
         CopyKeys(table_.view(), found_table_.view());
       ExpectEqualTables(found_table_.view(), table_.view());
       EXPECT_EQ(found.num_rows, 0);
+      ExpectNothingCounted(found_before);
     }
     const auto num_tokens = static_cast<int32_t>(std::ssize(ids) / shape_.top_k);
     const Plan* plan = planner_.PlanLayer(layer, ids, num_tokens, now_ + 1);
     if (plan == nullptr || plan->num_waves > 1) {
       EXPECT_EQ(found.status, LayerPlanStatus::kNeedsWaves);
-      if (plan != nullptr) WalkRows(*plan);
+      if (plan == nullptr) {
+        on_block_.CopyTableTo(found_table_);
+        ExpectEqualTables(found_table_.view(), table_.view());
+      } else {
+        WalkRows(*plan);
+      }
       return plan;
     }
     ++now_;
@@ -238,6 +243,15 @@ class PairedPlanners {
     ExpectEqualTables(found_table_.view(), table_.view());
     ExpectEqualCounts(found_before, before);
     return plan;
+  }
+
+  // A plan that was refused, or left to the host, took no tick, either.
+  void ExpectNothingCounted(const std::vector<LayerStatistics>& before) {
+    EXPECT_EQ(on_block_.now(), now_);
+    const std::vector<LayerStatistics> after = on_block_.Statistics();
+    for (size_t layer = 0; layer < after.size(); ++layer) {
+      EXPECT_EQ(Counts(after[layer]), Counts(before[layer])) << "layer " << layer;
+    }
   }
 
   void ExpectEqualCounts(const std::vector<LayerStatistics>& found_before,
@@ -258,7 +272,7 @@ class PairedPlanners {
   }
 
   void WalkRows(const Plan& plan) {
-    ++now_;
+    on_block_.SetTick(++now_);
     for (int32_t r = 0; r < std::ssize(plan.rows); ++r) {
       const SlotId slot = plan.rows[static_cast<size_t>(r)].slot;
       if (IsInFlight(slot)) planner_.Publish(slot);

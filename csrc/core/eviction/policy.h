@@ -60,7 +60,7 @@ EXPERTFLOW_HD inline SlotUse UseOf(const SlotTableView& table, int32_t slot) {
 //                is not negative
 //   IsProtected  whether a slot goes, at tick `now`, only after all that are not protected
 //   Origin       a key near those of the experts in use at tick `now`: keys that lie within
-//                2^(30 - kTieBits) of it are told apart in 32 bits (core/block_selection.h), others
+//                2^(30 - kTieBits) of it are told apart in 32 bits (core/slot_order.h), others
 //                with more work
 // and kTieBits, of those 32 for slots of equal keys, if there are many.
 

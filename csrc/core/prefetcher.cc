@@ -146,15 +146,17 @@ int32_t Prefetcher::Prefetch(std::vector<Prediction>& predictions, const Post& p
 int32_t Prefetcher::PrefetchRanked(std::vector<Prediction>& predictions, const Post& post) {
   if (horizon_ == 0) return 0;  // what waits stays: a caller need not predict, nor come here
   std::erase_if(predictions, [this](const Prediction& p) { return p.distance > horizon_; });
-  if (is_fixed()) KeepTopK(predictions);
-  const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };
-  if (!is_fixed()) {
+  if (is_fixed()) {
+    KeepTopK(predictions);
+    ProtectExpected(predictions);
+  } else {
     std::ranges::sort(predictions, [](const Prediction& a, const Prediction& b) {
       return std::tuple(-a.need, a.distance, a.expert) < std::tuple(-b.need, b.distance, b.expert);
     });
+    ProtectExpected(predictions);
+    DecideAnew(predictions);
   }
-  ProtectExpected(predictions);
-  if (!is_fixed()) DecideAnew(predictions);
+  const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };
   int32_t num_posted = 0;
   for (const Prediction& p : predictions) {
     SlotId slot = Take(ExpertOf(p), needed_at(p));

@@ -1,8 +1,9 @@
 #!/bin/bash
-# usage: check_on_gpu.sh [build|cpp|python|sanitize|memcheck|racecheck|synccheck|bench|soak]...
+# usage: [TRACE=TRACE.npz] check_on_gpu.sh [build|cpp|python|sanitize|memcheck|racecheck|synccheck|bench|soak]...
 # On a machine with a GPU, nvcc and a CUDA torch. Builds for the GPU that is there into build/gpu, with the
 # python3 on the PATH, and runs what needs a GPU: C++ tests, Python tests, kernel tests under the three tools of
-# compute-sanitizer (sanitize) or one of them, C++ benchmarks, the soak. Default: all.
+# compute-sanitizer (sanitize) or one of them, C++ benchmarks, the soak. Default: all. With a trace the C++ tests
+# on recorded routing run, too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=build/gpu
@@ -23,7 +24,14 @@ compile() {
     cmake --install $build --prefix expertflow >/dev/null
 }
 
-cpp_tests() { ctest --test-dir $build -j 4 --output-on-failure --no-tests=error -E Benchmark 2>&1 | grep -vE 'Passed|Start '; }
+cpp_tests() {
+  if [ -n "${TRACE:-}" ]; then
+    export EXPERTFLOW_TRACE=$PWD/$build/trace.npy
+    python3 -c 'import sys, numpy; numpy.save(sys.argv[2], numpy.load(sys.argv[1])["expert_ids"])' \
+      "$TRACE" "$EXPERTFLOW_TRACE" || return
+  fi
+  ctest --test-dir $build -j 4 --output-on-failure --no-tests=error -E Benchmark 2>&1 | grep -vE 'Passed|Start '
+}
 
 python_tests() { PYTHONPATH=. python3 -m pytest -q --maxfail=8 tests/test_cuda.py tests/test_cuda_predictor.py \
   tests/test_biased_weights.py::test_on_a_gpu; }

@@ -12,7 +12,7 @@ namespace expertflow {
 //   lead = (bytes queued + burst * expert bytes) / bandwidth
 //   S    = clamp(ceil(lead / compute time of a layer) + boost, 0, S_max)
 //
-// All of it is measured while running. Bytes of prefetches that may be taken back do not count as
+// All of it is measured while running. Bytes of prefetches that may be given up do not count as
 // queued: there are the more of them the longer the horizon is, so on a full link it would grow for
 // having grown. The burst is the 95th percentile of the experts that a layer has to fetch, at least
 // 1: fetched in time or not, so that a prefetch that works does not shorten the horizon it works
@@ -47,7 +47,7 @@ class HorizonController {
   // Blocks of layers with and without one layer more, or less, in turn.
   struct Duel {
     int32_t step = 0;              // that is tried: 1 or -1; 0: there is no duel
-    double stall_before_us = 0.0;  // of a layer
+    double stall_before_us = 0.0;  // of a layer; stalls come in bursts, which the duel may outlast
     int32_t layers = 0;            // of the pair of blocks that is running
     int32_t pairs = 0;
     double saved_us = 0.0;  // stall of the running pair: without minus with

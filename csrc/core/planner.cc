@@ -250,12 +250,14 @@ SlotId Planner::PlanPrefetch(ExpertId expert, Tick now, Tick needed_at) {
   return slot;
 }
 
-bool Planner::Unprotect(ExpertId expert, Tick now, int32_t layer) {
+bool Planner::Unprotect(ExpertId expert, Tick now, ExpertId other) {
+  if (table_.expert_slot[Index(ToIndex(table_, other))] != SlotId::kNone) return false;
+  if (IsInPlan(other)) return false;
   const SlotId slot = table_.expert_slot[Index(ToIndex(table_, expert))];
   if (slot == SlotId::kNone || !MayTake(table_, Index(slot), now, /*spare_predicted=*/false)) {
     return false;
   }
-  const SlotRange range = RangeOf(planning_, layer);
+  const SlotRange range = RangeOf(planning_, other.layer);
   if (Index(slot) < range.begin || Index(slot) >= range.end) return false;
   table_.slot_predicted[Index(slot)] = kNever;
   return true;

@@ -76,13 +76,14 @@ class Planner {
 
   // The prefetch into `slot` is taken back before any of it was copied, and no plan needs it. What
   // it had replaced is still there, and resident again, unless it is elsewhere by now or the
-  // current plan brings it; then the slot is empty. The eviction stays counted,
-  // and what it had replaced as wasted if that was a prefetch without a use.
+  // current plan brings it; then the slot is empty. The eviction stays counted, and what it had
+  // replaced as wasted if that was a prefetch without a use.
   void Withdraw(SlotId slot);
 
-  // An expert that PlanPrefetch has protected is not expected any more. Returns whether a prefetch
-  // for `layer` may take its slot at tick `now`; if not, it stays protected.
-  bool Unprotect(ExpertId expert, Tick now, int32_t layer);
+  // An expert that PlanPrefetch has protected gives its slot up for another, which PlanPrefetch is
+  // then given it for. Returns whether it may at tick `now`, and the other can use it: it is
+  // neither resident nor the current plan's. If not, it stays protected.
+  bool Unprotect(ExpertId expert, Tick now, ExpertId other);
 
   // Hits, late hits, misses, evictions and wasted prefetches are counted here (an eviction on the
   // layer of the evicted expert); bytes and times by whoever moves the experts.

@@ -46,6 +46,12 @@ void PrefetchLedger::RecordWithdrawal(SlotId slot) {
   holder = {.expert = table_.slot_expert[Index(slot)]};
 }
 
+void PrefetchLedger::RecordDrop(SlotId slot) {
+  Holder& holder = holders_[static_cast<size_t>(Index(slot))];
+  Leave(holder);
+  holder = {};
+}
+
 void PrefetchLedger::Leave(const Holder& holder) {
   if (!holder.is_unused) return;
   ++counts_.wasted;

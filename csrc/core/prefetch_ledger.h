@@ -34,6 +34,10 @@ class PrefetchLedger {
   // neither used nor wasted.
   void RecordWithdrawal(SlotId slot);
 
+  // The prefetch into `slot` was given up after some of it was copied (Planner::Drop): it is
+  // wasted.
+  void RecordDrop(SlotId slot);
+
   Counts TakeCounts();
 
  private:

@@ -32,7 +32,7 @@ struct LayerObservation {
   int32_t num_prefetch_regretted = 0;
   double moved_bytes = 0.0;       // prefetched and demanded
   double bytes_per_second = 0.0;  // of the link; 0: not measured yet
-  double queued_bytes = 0.0;      // that no decision takes back: PrefetchBacklog::settled_bytes
+  double queued_bytes = 0.0;      // that stay so: PrefetchBacklog::settled_bytes
 };
 
 // Decides which predicted experts to prefetch. For each planned layer:
@@ -40,8 +40,9 @@ struct LayerObservation {
 //   horizon = BeginLayer(observation)
 //   predict up to `horizon` layers ahead: nearer layers first, the more probable first
 //   for each that is resident and Expects(prediction): protect it in the slot table
-//   for each that is not and Admits(prediction, bytes ahead of it): post it, if it does not wait
-//     already; take back those that wait and are not admitted (PrefetchBacklog)
+//   for each that is not and Admits(prediction, its bytes, bytes ahead of it): post it, if it is
+//   not
+//     posted already; give up those that were posted and are not admitted (PrefetchBacklog)
 //
 // An expert is admitted if the part of its transfer that fits into the idle time of the link before
 // its layer is worth what it costs should it be wrong:
@@ -58,9 +59,8 @@ struct LayerObservation {
 //                   in nobody's way, on a full one it delays more than itself
 //       regretted = those wasted ones whose victim was missed meanwhile; its return costs another
 //                   expert its slot, so it counts twice
-//       exposed   = what a fetch stalls on average, in transfers: where nearly all are hidden, so
-//       is
-//                   the victim's return
+//       exposed   = what a fetch stalls on average, in transfers: next to nothing where prefetch
+//                   hides nearly all, the victim's return too
 //       margin    = kMargin of the stall, in transfers: so little gain is not worth what this
 //                   balance does not see, least of all while the price is still being found
 //   gain = used - late stall / transfer

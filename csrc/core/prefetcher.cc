@@ -188,7 +188,7 @@ bool Prefetcher::MakeRoomFor(const Prediction& prediction) {
     Prediction more = prediction;
     more.need -= least.need;
     if (!scheduler_.Expects(more)) return false;
-    if (!planner_.Unprotect(ExpertOf(least), tick_, ExpertOf(prediction).layer)) continue;
+    if (!planner_.Unprotect(ExpertOf(least), tick_, ExpertOf(prediction))) continue;
     expected_.erase(expected_.begin() + static_cast<ptrdiff_t>(i));
     return true;
   }
@@ -229,6 +229,7 @@ bool Prefetcher::GiveUp(SlotId slot, Tick needed_at) {
   if (needed_at <= tick_ && !queue_.HasChunksOut(slot)) {
     queue_.Cancel(slot);
     planner_.Drop(slot, queue_.copied_bytes(slot));
+    ledger_.RecordDrop(slot);
     return true;
   }
   queue_.Reschedule(slot, tick_ + kMaxHorizon + 1);

@@ -82,11 +82,12 @@ class Prefetcher {
 
   // Protects those of `predictions` that are resident and expected, and posts those that are
   // admitted: the more probable expert first, unless that would make a prefetch late that is needed
-  // later. With no slot left it takes that of a protected resident, if it is so much more probable
-  // that this is worth a transfer. What was posted before, and waits, is decided anew beside them,
-  // and taken back if it is not admitted, or not among them: nothing to say is no reason to call.
-  // With a fixed horizon, posts the top-k of each distance, which come in that order, the nearer
-  // layers first. Reorders and shortens `predictions`. Returns how many were posted.
+  // later. With no slot left it takes that of a resident that `predictions` expect, if it is so
+  // much more probable that this is worth a transfer; what earlier ones have protected stays. What
+  // was posted before is decided anew beside them, and given up if it is not admitted, or not among
+  // them: nothing to say is no reason to call. With a fixed horizon, posts the top-k of each
+  // distance, which come in that order, the nearer layers first. Reorders and shortens
+  // `predictions`. Returns how many were posted.
   int32_t Prefetch(std::vector<Prediction>& predictions, const Post& post);
 
   // The same for the probabilities `need` [distances, num_experts]: row d - 1 is about the layer d

@@ -250,7 +250,7 @@ TEST(PlannerPrefetchTest, TakesAnotherSlotThanAPredictedOne) {
       << "the rest is the current plan's, or predicted";
 }
 
-TEST(PlannerPrefetchTest, TakesTheSlotOfWhatIsNotPredictedAnyMore) {
+TEST(PlannerPrefetchTest, TakesTheSlotThatAPredictedOneGivesUp) {
   PlannerConfig config = kLruTop2;
   config.scope = CacheScope::kLayer;
   Fixture f(2, 8, 4, config);
@@ -259,14 +259,15 @@ TEST(PlannerPrefetchTest, TakesTheSlotOfWhatIsNotPredictedAnyMore) {
   f.planner.PlanPrefetch({0, 0}, f.now, f.now + 5);
   f.planner.PlanPrefetch({0, 1}, f.now, f.now + 5);
   EXPECT_EQ(f.planner.PlanPrefetch({0, 7}, f.now, f.now + 5), SlotId::kNone);
-  EXPECT_FALSE(f.planner.Unprotect({0, 0}, f.now, /*layer=*/1)) << "a slot of another layer";
-  EXPECT_FALSE(f.planner.Unprotect({1, 0}, f.now, /*layer=*/1)) << "of the current plan";
-  EXPECT_FALSE(f.planner.Unprotect({0, 5}, f.now, /*layer=*/0)) << "not resident";
-  EXPECT_TRUE(f.planner.Unprotect({0, 1}, f.now, /*layer=*/0));
-  const SlotId slot = f.planner.PlanPrefetch({0, 7}, f.now, f.now + 5);
+  EXPECT_FALSE(f.planner.Unprotect({0, 0}, f.now, {1, 7})) << "a slot of another layer";
+  EXPECT_FALSE(f.planner.Unprotect({1, 0}, f.now, {1, 7})) << "of the current plan";
+  EXPECT_FALSE(f.planner.Unprotect({0, 5}, f.now, {0, 7})) << "not resident";
+  EXPECT_FALSE(f.planner.Unprotect({0, 1}, f.now, {0, 0})) << "for what is resident";
+  EXPECT_EQ(f.planner.PlanPrefetch({0, 7}, f.now, f.now + 5), SlotId::kNone);
+  EXPECT_TRUE(f.planner.Unprotect({0, 1}, f.now, {0, 7}));
+  EXPECT_NE(f.planner.PlanPrefetch({0, 7}, f.now, f.now + 5), SlotId::kNone);
   EXPECT_THAT(f.Residents(0), ElementsAre(0, 7));
-  EXPECT_FALSE(f.planner.Unprotect({0, 7}, f.now, /*layer=*/0)) << "in flight";
-  EXPECT_NE(slot, SlotId::kNone);
+  EXPECT_FALSE(f.planner.Unprotect({0, 7}, f.now, {0, 6})) << "in flight";
 }
 
 TEST(PlannerPrefetchTest, LeavesTheSlotOfARowThatFailedAlone) {

@@ -115,6 +115,17 @@ TEST_F(PrefetchLedgerTest, WithdrawnIsNeitherUsedNorWasted) {
   ExpectCounts(0, 0, 0, 0);
 }
 
+TEST_F(PrefetchLedgerTest, DroppedIsWastedAndNobodysVictim) {
+  Need(0);
+  const SlotId slot = Prefetch(1, /*is_late=*/true);
+  planner_.Drop(slot);
+  ledger_.RecordDrop(slot);
+  ExpectCounts(0, 0, 1, 0);
+  EXPECT_EQ(Prefetch(2), slot);
+  for (const int64_t expert : {1, 3, 4}) Need(expert);
+  ExpectCounts(0, 0, 1, 0);
+}
+
 TEST_F(PrefetchLedgerTest, WhatAWithdrawnOneEvictedIsTheVictimOfTheNext) {
   Need(0);
   Need(1);

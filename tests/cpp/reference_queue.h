@@ -38,6 +38,8 @@ class ReferenceQueue {
     transfer.restarts = transfer.chunks_out > 0;
   }
 
+  void Reschedule(SlotId slot, Tick needed_at) { transfers_.at(slot).needed_at = needed_at; }
+
   bool Cancel(SlotId slot) {
     Transfer& transfer = transfers_.at(slot);
     transfer.cancelled = true;
@@ -91,6 +93,12 @@ class ReferenceQueue {
     const Transfer& t = transfers_.at(slot);
     return t.transfer_class == TransferClass::kPrefetch && !t.to_hand_out.empty() &&
            t.to_hand_out.front().offset_bytes == 0;
+  }
+
+  bool IsQueuedPrefetch(SlotId slot) const {
+    if (IsIdle(slot)) return false;
+    const Transfer& t = transfers_.at(slot);
+    return t.transfer_class == TransferClass::kPrefetch && !t.to_hand_out.empty();
   }
 
   size_t prefetch_bytes_until(Tick needed_at) const {

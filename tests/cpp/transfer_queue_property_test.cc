@@ -48,7 +48,7 @@ class RandomTransfers {
 
   void Step() {
     const SlotId slot{Draw(0, num_slots_ - 1)};
-    switch (Draw(0, 9)) {
+    switch (Draw(0, 10)) {
       case 0:
       case 1:
       case 2:
@@ -61,8 +61,11 @@ class RandomTransfers {
         if (!reference_.IsIdle(slot) && Draw(0, 2) == 0) Cancel(slot);
         break;
       case 5:
+        if (reference_.IsQueuedPrefetch(slot)) Reschedule(slot);
+        break;
       case 6:
       case 7:
+      case 8:
         TakeNext();
         break;
       default:
@@ -71,6 +74,7 @@ class RandomTransfers {
     ASSERT_EQ(queue_.IsIdle(slot), reference_.IsIdle(slot));
     ASSERT_EQ(queue_.copied_bytes(slot), reference_.copied_bytes(slot));
     ASSERT_EQ(queue_.queued_bytes(), reference_.queued_bytes());
+    ASSERT_EQ(queue_.IsQueuedPrefetch(slot), reference_.IsQueuedPrefetch(slot));
     ASSERT_EQ(queue_.IsWaitingPrefetch(slot), reference_.IsWaitingPrefetch(slot));
     const Tick until = Draw(0, 6);
     ASSERT_EQ(queue_.prefetch_bytes_until(until), reference_.prefetch_bytes_until(until));
@@ -118,6 +122,15 @@ class RandomTransfers {
     });
     reference_.Promote(slot, needed_at);
     EXPECT_FALSE(queue_.IsPrefetch(slot));
+  }
+
+  void Reschedule(SlotId slot) {
+    const Tick needed_at = Draw(0, 6);
+    WithoutAllocating([&] {
+      queue_.Reschedule(slot, needed_at);
+      return true;
+    });
+    reference_.Reschedule(slot, needed_at);
   }
 
   void Cancel(SlotId slot) {

@@ -273,8 +273,8 @@ void Planner::Submit(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::
 void Planner::Publish(SlotId slot) { table_.slot_state[Index(slot)] = SlotState::kReady; }
 
 void Planner::Drop(SlotId slot, size_t copied_bytes) {
-  const ExpertIndex expert = table_.slot_expert[Index(slot)];
   if (table_.slot_unused[Index(slot)]) {
+    const ExpertIndex expert = table_.slot_expert[Index(slot)];
     statistics(ToId(table_, expert).layer).wasted_prefetch_bytes +=
         static_cast<int64_t>(copied_bytes);
   }

@@ -156,14 +156,13 @@ int32_t Prefetcher::PrefetchRanked(std::vector<Prediction>& predictions, const P
     ProtectExpected(predictions);
     DecideAnew(predictions);
   }
-  const auto needed_at = [this](const Prediction& p) { return tick_ + p.distance; };
   int32_t num_posted = 0;
   for (const Prediction& p : predictions) {
-    SlotId slot = Take(ExpertOf(p), needed_at(p));
-    if (slot == SlotId::kNone && MakeRoomFor(p)) slot = Take(ExpertOf(p), needed_at(p));
+    SlotId slot = Take(ExpertOf(p), NeededAt(p));
+    if (slot == SlotId::kNone && MakeRoomFor(p)) slot = Take(ExpertOf(p), NeededAt(p));
     if (slot == SlotId::kNone) continue;
-    post(slot, needed_at(p));
-    if (!is_fixed()) backlog_.Add(slot, needed_at(p));
+    post(slot, NeededAt(p));
+    if (!is_fixed()) backlog_.Add(slot, NeededAt(p));
     ++num_posted;
   }
   return num_posted;
@@ -174,7 +173,7 @@ void Prefetcher::ProtectExpected(std::span<const Prediction> predictions) {
   expected_.clear();
   for (const Prediction& p : predictions) {
     if (SlotOf(p) == SlotId::kNone || !IsExpected(p)) continue;
-    Take(ExpertOf(p), tick_ + p.distance);
+    Take(ExpertOf(p), NeededAt(p));
     expected_.push_back(p);
   }
 }
@@ -202,13 +201,13 @@ void Prefetcher::DecideAnew(std::vector<Prediction>& ranked) {
   std::erase_if(ranked, [this](const Prediction& p) {
     const SlotId slot = SlotOf(p);
     const bool is_resident = slot != SlotId::kNone;
-    if (is_resident && !backlog_.IsUndecided(slot, tick_ + p.distance)) return true;
+    if (is_resident && !backlog_.IsUndecided(slot, NeededAt(p))) return true;
     if (!IsExpected(p) || !IsWanted(p, is_resident ? queue_.left_bytes(slot) : expert_bytes_)) {
       return true;
     }
     if (is_resident) {
       backlog_.Keep(slot, p.distance);
-      queue_.Reschedule(slot, tick_ + p.distance);
+      queue_.Reschedule(slot, NeededAt(p));
     } else {
       backlog_.Admit(p.distance);
     }

@@ -109,6 +109,7 @@ class Prefetcher {
   bool is_fixed() const { return chosen_horizon_ != kAutoHorizon; }
   ExpertId ExpertOf(const Prediction& prediction) const;
   SlotId SlotOf(const Prediction& prediction) const;
+  Tick NeededAt(const Prediction& prediction) const { return tick_ + prediction.distance; }
   bool IsExpected(const Prediction& prediction) const;
   bool IsWanted(const Prediction& prediction, size_t num_bytes) const;
   bool DelaysLaterOnes(const Prediction& prediction, size_t num_bytes, size_t bytes_ahead) const;

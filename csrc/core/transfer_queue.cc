@@ -36,9 +36,8 @@ void TransferQueue::Post(SlotId slot, ExpertIndex expert, size_t num_bytes,
 void TransferQueue::Promote(SlotId slot, Tick needed_at) {
   Transfer& promoted = transfer(slot);
   promoted.transfer_class = TransferClass::kDemand;
-  promoted.needed_at = needed_at;
   promoted.restarts = promoted.chunks_out > 0;
-  if (promoted.place != kNotQueued) Restore(static_cast<size_t>(promoted.place));
+  Reschedule(slot, needed_at);
 }
 
 void TransferQueue::Reschedule(SlotId slot, Tick needed_at) {

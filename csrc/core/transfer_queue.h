@@ -49,7 +49,7 @@ class TransferQueue {
   // fails, or has failed already, the transfer starts anew once: nobody was to see that failure.
   void Promote(SlotId slot, Tick needed_at);
 
-  // A queued or running prefetch is needed at another time, and gets another place.
+  // A queued or running transfer is needed at another time, and gets another place.
   void Reschedule(SlotId slot, Tick needed_at);
 
   // Takes a transfer back. True: it is gone. False: chunks of it are out; Finish will report

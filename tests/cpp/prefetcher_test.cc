@@ -25,12 +25,14 @@ struct Fixture {
 
   // Plans the next layer, of which a transfer takes 90 % of the time. Returns the horizon.
   int32_t RunLayer(const std::vector<int64_t>& routed) {
+    const Plan& plan = *planner.PlanLayer(NextLayer(), routed, 1, now + 1);
     ++now;
-    const Plan& plan = *planner.PlanLayer(static_cast<int32_t>(now % kLayers), routed, 1, now);
     for (const PlanRow& row : plan.rows) planner.Publish(row.slot);
     prefetcher.RecordPlan(plan);
     return prefetcher.BeginLayer({.compute_us = 100.0, .bytes_per_second = 1e6});
   }
+
+  int32_t NextLayer() const { return static_cast<int32_t>((now + 1) % kLayers); }
 
   int32_t Prefetch(std::vector<Prediction> predictions) {
     return prefetcher.Prefetch(predictions, [this](SlotId slot, Tick needed_at) {
@@ -77,7 +79,7 @@ TEST(PrefetcherTest, WhatHasBegunForNothingIsInNobodysWay) {
     Fixture f(kLayers * kExperts,
               {.top_k = 1, .expert_bytes = kExpertBytes, .policy = PolicyKind::kLru});
     f.RunLayer({0});
-    const auto next_layer = static_cast<int32_t>((f.now + 1) % kLayers);
+    const int32_t next_layer = f.NextLayer();
     ASSERT_EQ(f.Prefetch({{1, 5, 0.5F}}), 1);
     const Chunk chunk = *f.queue.Next();
     f.planner.Submit(chunk.slot);
@@ -85,8 +87,7 @@ TEST(PrefetcherTest, WhatHasBegunForNothingIsInNobodysWay) {
     f.RunLayer({0});
     EXPECT_EQ(f.Prefetch({{1, 6, 0.9F}}), 1);
     EXPECT_EQ(f.IsResident({next_layer, 5}), has_chunk_out);
-    const auto layer_after = static_cast<int32_t>((f.now + 1) % kLayers);
-    EXPECT_EQ(f.queue.Next()->expert, ToIndex(f.table.view(), {layer_after, 6}));
+    EXPECT_EQ(f.queue.Next()->expert, ToIndex(f.table.view(), {f.NextLayer(), 6}));
     if (!has_chunk_out) {
       EXPECT_EQ(f.planner.statistics(next_layer).wasted_prefetch_bytes, chunk.num_bytes);
     }
@@ -103,7 +104,7 @@ TEST(PrefetcherTest, TakesTheSlotOfWhatIsExpectedLeast) {
                             .scope = CacheScope::kLayer});
     for (int i = 0; i < kLayers; ++i) ASSERT_GE(f.RunLayer({0, 1}), 1);
     const bool is_worth_a_transfer = need > 0.5F;  // beside 0.3
-    const int32_t next = static_cast<int32_t>((f.now + 1) % kLayers);
+    const int32_t next = f.NextLayer();
     EXPECT_EQ(f.Prefetch({{1, 0, 0.3F}, {1, 1, 0.9F}, {1, 2, need}}), is_worth_a_transfer);
     EXPECT_TRUE(f.IsResident({next, 1}));
     EXPECT_EQ(f.IsResident({next, 0}), !is_worth_a_transfer);

@@ -89,10 +89,7 @@ class ReferenceQueue {
   int32_t chunks_in_flight() const { return chunks_in_flight_; }
 
   bool IsWaitingPrefetch(SlotId slot) const {
-    if (IsIdle(slot)) return false;
-    const Transfer& t = transfers_.at(slot);
-    return t.transfer_class == TransferClass::kPrefetch && !t.to_hand_out.empty() &&
-           t.to_hand_out.front().offset_bytes == 0;
+    return IsQueuedPrefetch(slot) && transfers_.at(slot).to_hand_out.front().offset_bytes == 0;
   }
 
   bool IsQueuedPrefetch(SlotId slot) const {

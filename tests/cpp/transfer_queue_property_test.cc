@@ -92,10 +92,12 @@ class RandomTransfers {
   // Runs a call of the queue, which must not allocate.
   template <class Call>
   auto WithoutAllocating(Call call) {
-    const int64_t before = num_allocations;
-    const auto result = call();
-    EXPECT_EQ(num_allocations, before) << "the queue must not allocate";
-    return result;
+    struct Check {
+      const int64_t before = num_allocations;
+      ~Check() { EXPECT_EQ(num_allocations, before) << "the queue must not allocate"; }
+    };
+    const Check check;
+    return call();
   }
 
   void Post(SlotId slot) {
@@ -103,10 +105,7 @@ class RandomTransfers {
     const auto num_bytes = static_cast<size_t>(Draw(1, static_cast<int32_t>(5 * chunk_bytes_)));
     const auto transfer_class = Draw(0, 1) ? TransferClass::kDemand : TransferClass::kPrefetch;
     const Tick needed_at = Draw(0, 6);  // few, so that many tie
-    WithoutAllocating([&] {
-      queue_.Post(slot, expert, num_bytes, transfer_class, needed_at);
-      return true;
-    });
+    WithoutAllocating([&] { queue_.Post(slot, expert, num_bytes, transfer_class, needed_at); });
     reference_.Post(slot, expert, num_bytes, transfer_class, needed_at);
     EXPECT_EQ(queue_.IsPrefetch(slot), transfer_class == TransferClass::kPrefetch);
     num_bytes_[slot] = num_bytes;
@@ -116,20 +115,14 @@ class RandomTransfers {
 
   void Promote(SlotId slot) {
     const Tick needed_at = Draw(0, 6);
-    WithoutAllocating([&] {
-      queue_.Promote(slot, needed_at);
-      return true;
-    });
+    WithoutAllocating([&] { queue_.Promote(slot, needed_at); });
     reference_.Promote(slot, needed_at);
     EXPECT_FALSE(queue_.IsPrefetch(slot));
   }
 
   void Reschedule(SlotId slot) {
     const Tick needed_at = Draw(0, 6);
-    WithoutAllocating([&] {
-      queue_.Reschedule(slot, needed_at);
-      return true;
-    });
+    WithoutAllocating([&] { queue_.Reschedule(slot, needed_at); });
     reference_.Reschedule(slot, needed_at);
   }
 

@@ -141,6 +141,30 @@ TEST(HorizonControllerTest, ADuelIsWonByMoreThanChance) {
   }
 }
 
+// A horizon of 2 costs half as much again, in a noise that hides it for some pairs of blocks.
+TEST(HorizonControllerTest, ALosingDuelEndsBeforeItIsAsSureAsAVictory) {
+  HorizonController controller(8, 4, kExpertBytes);
+  uint32_t random = 7;
+  int num_tried = 0;
+  for (int i = 0; i < 18 * 1024; ++i) {
+    random = random * 1664525 + 1013904223;
+    const double noise_us = (random >> 16) % 40 == 0 ? 400.0 : 0.0;
+    num_tried += Step(controller, 100e9, 1, noise_us * 0.5 * (1 + controller.horizon())) > 1;
+  }
+  EXPECT_GE(num_tried, 8 * 128);
+  EXPECT_LT(num_tried, 32 * 128) << "of 64 blocks at most";
+}
+
+// A burst of stalls was why it was tried, and the next burst, no larger, is no new reason.
+TEST(HorizonControllerTest, WhatABurstOfStallsTriedIsNotTriedAgainInTheNext) {
+  HorizonController controller(8, 4, kExpertBytes);
+  for (int i = 0; i < 4 * 1024 && controller.horizon() < 2; ++i) Step(controller, 100e9, 1, 20.0);
+  ASSERT_EQ(controller.horizon(), 2);
+  for (int i = 0; i < 1024 && controller.horizon() == 2; ++i) Step(controller, 100e9, 1, 20.0);
+  for (int i = 0; i < 4 * 1024; ++i) Step(controller, 100e9, 1, 8.0);
+  for (int i = 0; i < 10 * 1024; ++i) ASSERT_EQ(Step(controller, 100e9, 1, 20.0), 1);
+}
+
 class PrefetchSchedulerTest : public testing::Test {
  protected:
   // One layer in which `used` of the prefetches were needed and `wasted` were not.

@@ -24,12 +24,12 @@ struct Fixture {
         prefetcher(table.view(), planner, queue, config, Prefetcher::kUntried) {}
 
   // Plans the next layer, of which a transfer takes 90 % of the time. Returns the horizon.
-  int32_t RunLayer(const std::vector<int64_t>& routed) {
+  int32_t RunLayer(const std::vector<int64_t>& routed, double bytes_per_second = 1e6) {
     const Plan& plan = *planner.PlanLayer(NextLayer(), routed, 1, now + 1);
     ++now;
     for (const PlanRow& row : plan.rows) planner.Publish(row.slot);
     prefetcher.RecordPlan(plan);
-    return prefetcher.BeginLayer({.compute_us = 100.0, .bytes_per_second = 1e6});
+    return prefetcher.BeginLayer({.compute_us = 100.0, .bytes_per_second = bytes_per_second});
   }
 
   int32_t NextLayer() const { return static_cast<int32_t>((now + 1) % kLayers); }
@@ -41,9 +41,10 @@ struct Fixture {
     });
   }
 
-  bool IsResident(ExpertId expert) const {
-    return table.view().expert_slot[Index(ToIndex(table.view(), expert))] != SlotId::kNone;
+  SlotId SlotOf(ExpertId expert) const {
+    return table.view().expert_slot[Index(ToIndex(table.view(), expert))];
   }
+  bool IsResident(ExpertId expert) const { return SlotOf(expert) != SlotId::kNone; }
 
   SlotTable table;
   Planner planner;
@@ -92,6 +93,24 @@ TEST(PrefetcherTest, WhatHasBegunForNothingIsInNobodysWay) {
       EXPECT_EQ(f.planner.statistics(next_layer).wasted_prefetch_bytes, chunk.num_bytes);
     }
   }
+}
+
+// A transfer takes 150 % of a layer's time, so a whole one would be worth a need of 0.27 one layer
+// ahead, and what is left of it one of 0.2.
+TEST(PrefetcherTest, WhatHasBegunGetsItsPlaceBackIfTheRestIsWorthIt) {
+  constexpr double kBytesPerSecond = 0.6e6;
+  Fixture f(kLayers * kExperts,
+            {.top_k = 1, .expert_bytes = kExpertBytes, .policy = PolicyKind::kLru});
+  ASSERT_EQ(f.RunLayer({0}, kBytesPerSecond), 2);
+  ASSERT_EQ(f.Prefetch({{2, 5, 0.9F}}), 1);
+  for (int i = 0; i < 5; ++i) f.queue.Finish(*f.queue.Next(), true);
+  ASSERT_GE(f.RunLayer({0}, kBytesPerSecond), 1);
+  const SlotId slot = f.SlotOf({f.NextLayer(), 5});
+  ASSERT_TRUE(f.queue.IsQueuedPrefetch(slot));
+  f.Prefetch({});
+  EXPECT_GT(f.queue.needed_at(slot), f.now + Prefetcher::kMaxHorizon);
+  f.Prefetch({{1, 5, 0.23F}});
+  EXPECT_EQ(f.queue.needed_at(slot), f.now + 1);
 }
 
 // Two slots a layer, and both hold what is expected, by a threshold of a fifth.
